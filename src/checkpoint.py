@@ -1,0 +1,78 @@
+"""Training state on disk: written all or not at all, verified when read, and never executed.
+
+A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries; what they mean is its user's
+affair.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.errors import UserError  # a bad file is something the user can mend
+
+PROGRAM = "simple-ddpm"
+FORMAT = 1  # raised whenever an older program could not read the file
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that, whatever happens, `path` holds either the old file or the new one, whole.
+
+    The bytes go to a temporary file beside it and are forced to disk before the rename, which is atomic; the
+    directory is forced to disk after it, or a power cut could undo the rename.
+
+    Raises:
+        UserError: the file cannot be written (no space, no permission, not a directory).
+    """
+    temporary = path.with_name(path.name + ".tmp")  # one name for ever: a leftover is overwritten, not collected
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"program": PROGRAM, "format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path} ({_first_line(error)}): free space or choose another path") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read back what `save` wrote, all tensors on the CPU.
+
+    Raises:
+        UserError: there is no such file; it is damaged; it is not a checkpoint of this program, or of a newer one.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give an existing file, or train one with python train.py")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load checks no CRC: without this a flipped bit is a wrong weight
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or delete it")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: no code runs from the file
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is no checkpoint, or a truncated one: restore it from a copy or delete it") from error
+    except (EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or delete it") from error
+    if not isinstance(state, dict) or state.get("program") != PROGRAM:
+        raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path} has format {state['format']}, newer than this program's {FORMAT}: update the program")
+    return state
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,115 @@
+"""The diffusion process of DDPM: noise schedules, the forward process q, its posterior and the training loss.
+
+Notation is Ho et al. 2020's (https://arxiv.org/abs/2006.11239), with two habits of code: timesteps count from 0,
+so `t` here is the paper's t + 1; and α̅ (alpha_bar) is the one quantity that everything is computed from.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,)) → the predicted noise (B,C,H,W)
+
+
+def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Betas from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, §4), (T,) float64.
+
+    The paper's values are meant for T = 1000. For another T both ends are scaled by 1000 / T, so that the sum of
+    the betas, and with it the noise at the end, stays the same; 0.999 caps what that makes of a very small T.
+    """
+    scale = 1000 / time_steps
+    betas = torch.linspace(scale * beta_start, scale * beta_end, time_steps, dtype=torch.float64)
+    return betas.clamp(max=0.999)
+
+
+def cosine_betas(time_steps: int, s: float = 0.008) -> Tensor:
+    """Betas whose α̅ follows a squared cosine (Nichol & Dhariwal 2021, eq. 17), (T,) float64, at most 0.999."""
+    u = torch.arange(time_steps + 1, dtype=torch.float64) / time_steps  # (T+1,): t/T, both ends included
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # β_t = 1 - α̅_t / α̅_{t-1}
+
+
+class Diffusion:
+    """A noise schedule and the distributions that follow from it.
+
+    Args:
+        time_steps: T, the number of noise levels.
+        schedule: "linear" or "cosine".
+        beta_start, beta_end: the ends of the linear schedule; the cosine schedule has none.
+        device: where x_t will live.
+
+    Attributes:
+        betas, alpha_bar: (T,) float64. Near t = 0, 1 - α̅ is 4e-5: float32 would keep only three of its digits, so
+            coefficients are computed in float64 and rounded last.
+    """
+
+    def __init__(
+        self,
+        time_steps: int,
+        schedule: str,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if schedule == "linear":
+            betas = linear_betas(time_steps, beta_start, beta_end)
+        elif schedule == "cosine":
+            betas = cosine_betas(time_steps)
+        else:
+            raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
+        self.time_steps = time_steps
+        self.betas = betas.to(device)
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """√α̅_t and √(1 - α̅_t), float32, shaped (B,1,1,1) to multiply images; t (B,), -1 for the clean image."""
+        alpha_bar = self._alpha_bar_or_one(t)
+        return _per_image(alpha_bar.sqrt()), _per_image((1 - alpha_bar).sqrt())
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0), given its noise eps ~ N(0, I) (Ho et al., eq. 4); images (B,C,H,W), t (B,)."""
+        signal, noise = self.signal_and_noise(t)
+        return signal * x0 + noise * eps
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The x_0 from which noise `eps` leads to x_t: eq. 4 solved for x_0, clipped to the data's range [-1, 1]."""
+        signal, noise = self.signal_and_noise(t)
+        return ((x_t - noise * eps) / signal).clamp(-1, 1)
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """The noise that leads from x_0 to x_t: eq. 4 solved for eps."""
+        signal, noise = self.signal_and_noise(t)
+        return (x_t - signal * x0) / noise
+
+    def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
+        """β̃, the variance of q(x_s | x_t, x_0) for s < t, float32 (B,1,1,1); with s = t - 1, Ho et al.'s eq. 7."""
+        alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
+        return _per_image((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """μ̃, the mean of q(x_s | x_t, x_0) for s < t, (B,C,H,W); with s = t - 1, Ho et al.'s eq. 7.
+
+        For the jumps of a coarser grid the derivation is the same with α̅_t / α̅_s for α_t (Nichol & Dhariwal
+        2021, §4).
+        """
+        alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
+        alpha = alpha_bar_t / alpha_bar_s
+        of_x0 = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
+        of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        return _per_image(of_x0) * x0 + _per_image(of_x_t) * x_t
+
+    def loss(self, model: EpsModel, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """L_simple, the mean squared error of the predicted noise (Ho et al., eq. 14), a scalar."""
+        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+
+    def _alpha_bar_or_one(self, t: Tensor) -> Tensor:
+        """α̅_t, (B,) float64; 1 where t = -1, before the first noise."""
+        return torch.where(t >= 0, self.alpha_bar[t.clamp(min=0)], 1.0)
+
+
+def _per_image(coefficient: Tensor) -> Tensor:
+    """(B,) float64 → (B,1,1,1) float32."""
+    return coefficient.float()[:, None, None, None]

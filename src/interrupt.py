@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM as a question that the program asks when it is ready for the answer."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The user, or the system, asked the program to stop; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM is only noted; a second one acts as if this class were absent.
+
+    `check()` raises `Interrupted` once a signal has been noted: call it where the program's state is whole.
+    """
+
+    def __enter__(self) -> "StopSignals":
+        self.number: int | None = None
+        self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

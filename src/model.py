@@ -1,0 +1,164 @@
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), cut down to about two million parameters.
+
+Shapes at line ends: B images, C channels, H × W pixels, D the width of the time embedding.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+ATTENTION_RESOLUTIONS = (16, 8)  # feature maps of this height get self-attention (Ho et al. use 16; the middle has it too)
+SEPARABLE_BELOW = 8  # from this height down, 3×3 convolutions are depthwise-separable
+HEAD_WIDTH = 32  # channels of one attention head
+NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
+
+
+class TimeEmbedding(nn.Module):
+    """t → vector: sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, §3.5), then two layers."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies  # (B, dim/2)
+        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))  # (B, D)
+
+
+def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
+    """A 3×3 convolution: dense on large maps, depthwise-separable on small ones.
+
+    A dense one costs 9·c_in·c_out weights whatever the map's size. At 8×8 and 4×4, where the U-Net is widest,
+    those are nine tenths of the parameters and serve 64 pixels or 16; separating space (3×3 a channel) from
+    channels (1×1) keeps the widths at a ninth of the cost.
+    """
+    if resolution > SEPARABLE_BELOW:
+        return nn.Conv2d(c_in, c_out, 3, padding=1)
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), nn.Conv2d(c_in, c_out, 1)
+    )
+
+
+class ResnetBlock(nn.Module):
+    """x + two (GroupNorm, SiLU, 3×3 convolution) layers; the time scales and shifts the second normalisation.
+
+    The scale and shift are Dhariwal & Nichol 2021's adaptive group normalisation (§3, equation AdaGN).
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in)
+        self.conv1 = conv3x3(c_in, c_out, resolution)
+        self.time = nn.Linear(time_width, 2 * c_out)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out)
+        self.conv2 = conv3x3(c_out, c_out, resolution)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
+        scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1) each
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)  # (B, c_out, H, W)
+        return self.skip(x) + self.conv2(h)  # (B, c_out, H, W)
+
+
+class Attention(nn.Module):
+    """x + multi-head self-attention over the pixels of the map (Vaswani et al. 2017, §3.2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // HEAD_WIDTH)
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        qkv = rearrange(
+            self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.heads
+        )
+        h = F.scaled_dot_product_attention(*qkv)  # (B, heads, H·W, C/heads)
+        return x + self.out(rearrange(h, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
+
+
+class Level(nn.Module):
+    """One resolution on the way down or up: a ResNet block and, at 16×16 and 8×8, self-attention."""
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
+        super().__init__()
+        self.block = ResnetBlock(c_in, c_out, time_width, resolution)
+        self.attention = Attention(c_out) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t): the noise in x_t (Ho et al. 2020, eq. 11).
+
+    Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
+    self-attention at the lowest resolution; up again, each level reading beside its input what the level of its
+    resolution wrote on the way down. With the default arguments: levels of 32×32×32, 64×16×16, 128×8×8 and
+    256×4×4, and 2.3 million parameters.
+
+    Args:
+        image_size: height and width of the images, divisible by 2^(levels - 1).
+        channels: 1 for grayscale, 3 for colour.
+        dim: channels of the first level, a multiple of NORM_GROUPS.
+        dim_mults: channels of each level, as multiples of `dim`.
+    """
+
+    def __init__(
+        self, image_size: int = 32, channels: int = 1, dim: int = 32, dim_mults: Sequence[int] = (1, 2, 4, 8)
+    ) -> None:
+        super().__init__()
+        self.image_size, self.channels = image_size, channels
+        widths = [dim * m for m in dim_mults]
+        sizes = [image_size >> level for level in range(len(widths))]
+        time_width = 4 * dim
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))  # neighbouring levels: (upper, lower)
+
+        self.time = TimeEmbedding(dim, time_width)
+        self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(c_in, c, time_width, size)
+            for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
+        )
+        self.downsample = nn.ModuleList(nn.Conv2d(upper, upper, 3, stride=2, padding=1) for upper, _ in pairs)
+        self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
+        self.middle_attention = Attention(widths[-1])
+        self.middle_out = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
+        self.up = nn.ModuleList(Level(2 * c, c, time_width, size) for c, size in zip(widths, sizes, strict=True))
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, dim)
+        self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of the noise
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Images x_t (B,C,H,W) and their timesteps t (B,), from 0 to T - 1 → the predicted noise (B,C,H,W)."""
+        emb = self.time(t)  # (B, D)
+        h = self.conv_in(x_t)  # (B, dim, H, W)
+
+        skips = []
+        for level, downsample in zip(self.down, [*self.downsample, None], strict=True):
+            h = level(h, emb)  # (B, width, H, W)
+            skips.append(h)
+            if downsample is not None:
+                h = downsample(h)  # (B, width, H/2, W/2)
+
+        h = self.middle_in(h, emb)
+        h = self.middle_attention(h)
+        h = self.middle_out(h, emb)  # (B, widest, H/8, W/8) with four levels
+
+        for level, upsample in reversed(list(zip(self.up, [None, *self.upsample], strict=True))):
+            h = level(torch.cat([h, skips.pop()], dim=1), emb)  # (B, width, H, W)
+            if upsample is not None:
+                h = upsample(h)  # (B, width above, 2H, 2W)
+
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)

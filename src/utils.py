@@ -1,0 +1,146 @@
+"""Seeds, devices, pictures and plots."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from src.errors import UserError  # an absent device or an unwritable place is something the user can mend
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is any, else the CPU; other names are torch's, as "cpu" or "cuda:1".
+
+    Raises:
+        UserError: CUDA is asked for and this machine, or this build of torch, has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device has matrix units for it (else it is slower than float32)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def describe_device(device: torch.device, precision: torch.dtype) -> str:
+    """One line for people: which device, and in which precision the network computes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device} ({name}), {str(precision).removeprefix('torch.')}"
+
+
+def rng_state() -> dict[str, Tensor | list[Tensor]]:
+    """The state of torch's global random generators, which training draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict[str, Tensor | list[Tensor]]) -> None:
+    """Put back what `rng_state` returned; states of CUDA devices that are not here are left aside."""
+    torch.set_rng_state(state["cpu"])
+    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, index)
+
+
+def make_directory(path: str | Path, flag: str) -> Path:
+    """Create a directory and try that a file can be written there, at the start and not after hours of work.
+
+    Raises:
+        UserError: it cannot; the text names `flag`.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; choose a directory that can be written") from error
+    return path
+
+
+class ImageNoise:
+    """N(0, I) noise from one random stream an image.
+
+    Stream i depends on (seed, i) alone, so image i of a seed is the same in any batch, beside any others, and on
+    any device: the numbers are drawn on the CPU.
+
+    Args:
+        seed: of the whole set of images.
+        indices: which images of the set this batch holds, B of them.
+        shape: of one image, (C, H, W).
+        device: where the noise is wanted.
+    """
+
+    def __init__(
+        self, seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.shape, self.device = shape, device
+        self.streams = [torch.Generator().manual_seed(_stream_seed(seed, i)) for i in indices]
+
+    def __call__(self) -> Tensor:
+        """The next noise of every stream, (B, C, H, W) float32."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.streams]).to(self.device)
+
+
+def _stream_seed(seed: int, index: int) -> int:
+    """Mix two numbers so that neighbouring seeds and indices share no stream."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to the nearest of 256 grey levels, uint8 of the same shape."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Tile images (N,C,H,W) uint8 into one picture (C,H',W'), row by row, with black gaps; holes stay black."""
+    rows = -(-len(images) // columns)
+    padding = (gap // 2, gap - gap // 2) * 2 + (0, 0, 0, rows * columns - len(images))
+    return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(C,H,W) uint8 to a Pillow image: mode L for one channel, RGB for three."""
+    array = image.cpu().numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else rearrange(array, "c h w -> h w c"))
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write (C,H,W) uint8 as an 8-bit PNG, grey or RGB by its channels."""
+    to_pil(image).save(path)
+
+
+def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:
+    """Write pictures (C,H,W) uint8 as an endless animation of `seconds`, resting on the last for `hold`."""
+    durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * hold)]
+    first, *rest = map(to_pil, frames)
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path) -> None:
+    """Draw both loss curves over the epochs, which count from 1, to a PNG."""
+    from matplotlib.figure import Figure  # here, for it takes a second; Figure needs no display and no global state
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    epochs = range(1, len(train) + 1)
+    marker = "o" if len(train) < 30 else None
+    axes.plot(epochs, train, marker=marker, label="training: weights as they were, mean over the epoch")
+    axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights, held-out images")
+    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

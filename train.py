@@ -1,0 +1,280 @@
+"""Train a DDPM: python train.py. Stopped runs go on by themselves from CHECKPOINT_PATH/latest.pth."""
+
+import argparse
+
+import config
+
+SETTINGS = """
+    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION
+    UNET_DIM UNET_DIM_MULTS TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END NUM_SAMPLES SAMPLER STEPS ETA
+    SAMPLE_BATCH_SIZE SAVE_EVERY SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+""".split()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__, SETTINGS)
+    parser.add_argument("--fresh", action="store_true", help="start a new run; refused if there is one already")
+    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
+    args = parser.parse_args()
+    if args.overwrite and not args.fresh:
+        parser.error("--overwrite goes with --fresh")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+
+import logging  # noqa: E402
+import math  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
+
+from src import checkpoint, dataset, errors, pipeline, utils  # noqa: E402
+from src.ema import EMA  # noqa: E402
+from src.interrupt import Interrupted, StopSignals  # noqa: E402
+
+log = logging.getLogger("train")
+
+
+class Trainer:
+    """One run: the network and its average, the optimiser, the data, and how far it has come.
+
+    What a checkpoint must carry is set in `__init__` under "progress" and listed in `state`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = utils.pick_device(args.device)
+        self.precision = utils.pick_precision(args.precision, self.device)
+        torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
+
+        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size)
+        room = len(images) - args.val_size
+        if room < args.batch_size:
+            raise errors.UserError(
+                f"{args.dataset} has {len(images)} training images: too few for --val_size {args.val_size} and "
+                f"--batch_size {args.batch_size}; reduce one of them"
+            )
+        self.images, self.labels, self.held_out = images[:room], labels[:room], images[room:]
+        self.batches_per_epoch = room // args.batch_size
+
+        self.model, self.diffusion = pipeline.build(vars(args), self.device)
+        self.ema = EMA(self.model, args.ema_decay)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate)
+
+        # Progress
+        self.epoch = 0  # epochs finished
+        self.batch = 0  # batches done of the next epoch
+        self.step = 0  # optimiser steps in all
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
+        self.best = math.inf  # lowest validation loss
+        self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses, one a finished epoch
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, and the settings that rebuild the network."""
+        return {
+            "settings": {k: v for k, v in vars(self.args).items() if k.upper() in SETTINGS and "path" not in k},
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": utils.rng_state(),
+            **{name: getattr(self, name) for name in ("epoch", "batch", "step", "loss_sum", "best", "history")},
+        }
+
+    def resume(self, path: Path) -> None:
+        """Take up the run in checkpoint `path`. Raises UserError where it was trained with other settings."""
+        state = checkpoint.load(path)
+        changed = config.changed_settings(state["settings"], vars(self.args))
+        if changed:
+            raise errors.UserError(
+                f"{path} cannot be resumed: {'; '.join(changed)}. Use the old values, or another --checkpoint_path"
+            )
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that flags may change
+        utils.set_rng_state(state["rng"])
+        self.loss_sum = state["loss_sum"].to(self.device)
+        for name in ("epoch", "batch", "step", "best", "history"):
+            setattr(self, name, state[name])
+
+    def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
+        t = torch.randint(self.args.time_steps, (len(x0),), device=self.device)  # (B,)
+        eps = torch.randn_like(x0)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            loss = self.diffusion.loss(self.model, x0, t, eps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        if not norm.isfinite():  # clipping has spread it to every gradient: the step would ruin the weights
+            raise errors.UserError(
+                f"training diverged: the gradient of step {self.step + 1} is {norm.item()}; latest.pth is as it was. "
+                f"Reduce --learning_rate (now {self.args.learning_rate:g})"
+            )
+        self.optimizer.step()
+        self.ema.update(self.model)
+        return loss.detach(), norm
+
+    def train_epoch(self, writer: SummaryWriter, signals: StopSignals, bar: tqdm) -> None:
+        """The batches that this epoch still lacks. Raises Interrupted, with the state whole, on a signal."""
+        args, since = self.args, time.perf_counter()
+        bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
+        self.model.train()
+        for x0, _ in dataset.batches(
+            self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, skip=self.batch
+        ):
+            loss, norm = self.train_step(x0)
+            self.step += 1
+            self.batch += 1
+            self.loss_sum += loss
+            bar.update(len(x0))
+            if self.step % args.log_every == 0:
+                now = time.perf_counter()
+                writer.add_scalar("loss/train", loss.item(), self.step)
+                writer.add_scalar("gradient_norm", norm.item(), self.step)
+                writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
+                writer.add_scalar("images_per_second", args.log_every * args.batch_size / (now - since), self.step)
+                bar.set_postfix(loss=f"{self.loss_sum.item() / self.batch:.4f}", refresh=False)
+                since = now
+            signals.check()
+
+    def finish_epoch(self, writer: SummaryWriter, signals: StopSignals) -> None:
+        """Validate, draw samples, save. Interrupted before its end, it has changed nothing and is simply done again."""
+        args, epoch = self.args, self.epoch + 1
+        last = epoch == args.epochs
+        val_loss = self.validate(signals)
+        if epoch % args.sample_every == 0 or last:
+            grid = self.sample_grid(signals)
+            utils.save_png(grid, Path(args.output_path) / f"samples_epoch_{epoch:04d}.png")
+            writer.add_image("samples", grid, self.step)
+
+        self.history["train"].append(self.loss_sum.item() / self.batches_per_epoch)
+        self.history["val"].append(val_loss)
+        self.epoch, self.batch = epoch, 0
+        self.loss_sum.zero_()
+        improved = val_loss < self.best
+        self.best = min(self.best, val_loss)
+        if improved:
+            self.save("best.pth")
+        if epoch % args.save_every == 0 or last:
+            self.save("latest.pth")
+            utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path) / "losses.png")
+        writer.add_scalar("loss/val", val_loss, self.step)
+        log.info(
+            "epoch %d/%d: training loss %.4f, validation loss %.4f%s",
+            epoch, args.epochs, self.history["train"][-1], val_loss, " (best so far)" if improved else "",
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def validate(self, signals: StopSignals) -> float:
+        """L_simple of the averaged weights on the held-out images, with the same t and eps every time."""
+        total, n = 0.0, len(self.held_out)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for first in range(0, n, self.args.batch_size):
+            x0 = dataset.normalise(self.held_out[first : first + self.args.batch_size])
+            eps = torch.randn(x0.shape, generator=generator)
+            t = torch.arange(first, first + len(x0)) * self.args.time_steps // n  # evenly spread over all of [0, T)
+            loss = self.diffusion.loss(self.ema.model, *(z.to(self.device) for z in (x0, t, eps)))
+            total += loss.item() * len(x0)
+            signals.check()
+        return total / n
+
+    def sample_grid(self, signals: StopSignals) -> Tensor:
+        """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
+        args, images = self.args, []
+        generator = pipeline.Generator(self.ema.model, self.diffusion, args.sampler, args.steps, args.eta)
+        for first in range(0, args.num_samples, args.sample_batch_size):
+            indices = range(first, min(first + args.sample_batch_size, args.num_samples))
+            for x_t in generator.images(args.seed, indices):  # noqa: B007 (the last one is the image)
+                signals.check()
+            images.append(utils.to_uint8(x_t).cpu())
+        return utils.image_grid(torch.cat(images), columns=math.ceil(math.sqrt(args.num_samples)))
+
+    def save(self, name: str) -> None:
+        checkpoint.save(Path(self.args.checkpoint_path) / name, self.state())
+
+    def run(self) -> int:
+        """Train to the last epoch, or until a signal; returns the exit status."""
+        args = self.args
+        images_per_epoch = self.batches_per_epoch * args.batch_size
+        with (
+            SummaryWriter(Path(args.log_path) / "tensorboard", purge_step=self.step + 1) as writer,
+            logging_redirect_tqdm(),
+            tqdm(
+                total=args.epochs * images_per_epoch,
+                initial=self.step * args.batch_size,
+                unit=" images",
+                unit_scale=True,
+                disable=None,  # no bar where stderr is not a terminal
+            ) as bar,
+            StopSignals() as signals,
+        ):
+            try:
+                while self.epoch < args.epochs:
+                    self.train_epoch(writer, signals, bar)
+                    self.finish_epoch(writer, signals)
+            except Interrupted as stop:
+                self.save("latest.pth")
+                log.warning(
+                    "%s after step %d: saved %s/latest.pth; the same command goes on from there",
+                    stop, self.step, args.checkpoint_path,
+                )  # fmt: skip
+                return 128 + stop.number
+            self.save("final.pth")
+        log.info("done: %s/final.pth; next: python sample.py, python eval.py", args.checkpoint_path)
+        return 0
+
+    def describe(self) -> str:
+        """The run in a few lines for people."""
+        args = self.args
+        count = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"device    {utils.describe_device(self.device, self.precision)}\n"
+            f"network   U-Net, {count:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
+            f"data      {args.dataset}: {len(self.images):,} images to train on, {len(self.held_out):,} held out\n"
+            f"results   {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
+        )
+
+
+def clear_old_run(args: argparse.Namespace) -> None:
+    """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
+    old = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
+    if old and not args.overwrite:
+        raise errors.UserError(
+            f"--fresh would lose {', '.join(map(str, old))}: add --overwrite to delete them, or give another "
+            "--checkpoint_path"
+        )
+    for path in old:
+        path.unlink()
+
+
+def main(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("checkpoint_path", "output_path", "log_path"):
+        utils.make_directory(getattr(args, name), f"--{name}")
+    if args.fresh:
+        clear_old_run(args)
+    trainer = Trainer(args)
+    latest = Path(args.checkpoint_path) / "latest.pth"
+    if latest.exists():
+        trainer.resume(latest)
+    log.info(trainer.describe())
+    if trainer.step:
+        log.info("resuming %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
+    if trainer.epoch >= args.epochs:
+        log.info("nothing to do: all %d epochs are done; raise --epochs to go on, or start anew with --fresh", args.epochs)
+        return 0
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(ARGS), "train.py")
