@@ -17,7 +17,7 @@ IMAGE_SIZE = 32  # pixels a side; the 28×28 images are padded with black
 CHANNELS = 1  # 1 = grayscale
 
 # Training
-BATCH_SIZE = 64  # images a step
+BATCH_SIZE = 64  # images trained on, or generated, at a time
 LEARNING_RATE = 1e-3  # Adam's step size
 EPOCHS = 200  # passes over the training images
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -40,7 +40,6 @@ NUM_SAMPLES = 64  # images to generate
 SAMPLER = "ddim"  # ddpm (ancestral) or ddim
 STEPS = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for ddim
 ETA = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
-SAMPLE_BATCH_SIZE = 64  # images generated at a time
 INTERP_STEPS = 10  # frames of an interpolation, both ends included
 EVAL_SAMPLES = 1000  # images that eval.py generates
 
@@ -79,7 +78,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SAMPLER": (lambda v: v in ("ddpm", "ddim"), "ddpm or ddim"),
     "STEPS": (lambda v: v >= 0, "at least 1 (or 0 for the sampler's own default)"),
     "ETA": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "SAMPLE_BATCH_SIZE": POSITIVE,
     "INTERP_STEPS": (lambda v: v >= 2, "at least 2, the two ends"),
     "SAVE_EVERY": POSITIVE,
     "SAMPLE_EVERY": POSITIVE,
@@ -105,7 +103,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
 # Settings that a resumed run may change; every other one shapes its weights and must stay.
 FREE_ON_RESUME = {
     "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "DEVICE", "SAVE_EVERY", "SAMPLE_EVERY", "LOG_EVERY",
-    "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA", "SAMPLE_BATCH_SIZE",
+    "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA",
     "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
 
@@ -129,6 +127,22 @@ class Parser(argparse.ArgumentParser):
                 metavar=kind.__name__,
                 help=f"{comments[name]} (default: {' '.join(map(str, value)) if many else value})",
             )
+
+    def add_checkpoint(self) -> None:
+        self.add_argument(
+            "--checkpoint",
+            default=f"{CHECKPOINT_PATH}/best.pth",
+            metavar="FILE",
+            help="the trained model; it carries its own settings (default: %(default)s)",
+        )
+
+    def add_output_dir(self, folder: str) -> None:
+        self.add_argument(
+            "--output_dir",
+            default=f"{OUTPUT_PATH}/{folder}",
+            metavar="DIR",
+            help="where to write (default: %(default)s)",
+        )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         """Parse and check; every setting out of range is reported, with status 2."""

@@ -7,7 +7,7 @@ import config
 SETTINGS = """
     DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION
     UNET_DIM UNET_DIM_MULTS TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END NUM_SAMPLES SAMPLER STEPS ETA
-    SAMPLE_BATCH_SIZE SAVE_EVERY SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+    SAVE_EVERY SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
 """.split()
 
 
@@ -24,30 +24,27 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
 
-import logging  # noqa: E402
-import math  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import logging
+import math
+from pathlib import Path
+from typing import Any
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
+import torch
+from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, dataset, errors, pipeline, utils  # noqa: E402
-from src.ema import EMA  # noqa: E402
-from src.interrupt import Interrupted, StopSignals  # noqa: E402
+from src import checkpoint, dataset, errors, pipeline, utils
+from src.ema import EMA
+from src.interrupt import Interrupted, StopSignals
+from src.monitor import Monitor
 
 log = logging.getLogger("train")
 
 
 class Trainer:
-    """One run: the network and its average, the optimiser, the data, and how far it has come.
+    """One run: the network and its average, the optimiser, the data, and how far it has come."""
 
-    What a checkpoint must carry is set in `__init__` under "progress" and listed in `state`.
-    """
+    PROGRESS = ("epoch", "batch", "step", "loss_sum", "best", "history")
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -56,20 +53,19 @@ class Trainer:
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
         images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size)
-        room = len(images) - args.val_size
-        if room < args.batch_size:
+        count = len(images) - args.val_size
+        self.batches_per_epoch = count // args.batch_size
+        if self.batches_per_epoch < 1:
             raise errors.UserError(
                 f"{args.dataset} has {len(images)} training images: too few for --val_size {args.val_size} and "
                 f"--batch_size {args.batch_size}; reduce one of them"
             )
-        self.images, self.labels, self.held_out = images[:room], labels[:room], images[room:]
-        self.batches_per_epoch = room // args.batch_size
+        self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
 
         self.model, self.diffusion = pipeline.build(vars(args), self.device)
         self.ema = EMA(self.model, args.ema_decay)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate)
 
-        # Progress
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done of the next epoch
         self.step = 0  # optimiser steps in all
@@ -85,7 +81,7 @@ class Trainer:
             "ema": self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": utils.rng_state(),
-            **{name: getattr(self, name) for name in ("epoch", "batch", "step", "loss_sum", "best", "history")},
+            **{name: getattr(self, name) for name in self.PROGRESS},
         }
 
     def resume(self, path: Path) -> None:
@@ -100,16 +96,19 @@ class Trainer:
         self.ema.model.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that flags may change
+            group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that a flag may change
         utils.set_rng_state(state["rng"])
-        self.loss_sum = state["loss_sum"].to(self.device)
-        for name in ("epoch", "batch", "step", "best", "history"):
+        for name in self.PROGRESS:
             setattr(self, name, state[name])
+        self.loss_sum = self.loss_sum.to(self.device)
+
+    def save(self, name: str) -> None:
+        checkpoint.save(Path(self.args.checkpoint_path) / name, self.state())
 
     def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
         t = torch.randint(self.args.time_steps, (len(x0),), device=self.device)  # (B,)
-        eps = torch.randn_like(x0)
+        eps = torch.randn_like(x0)  # (B, C, H, W)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             loss = self.diffusion.loss(self.model, x0, t, eps)
         self.optimizer.zero_grad()
@@ -117,62 +116,53 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         if not norm.isfinite():  # clipping has spread it to every gradient: the step would ruin the weights
             raise errors.UserError(
-                f"training diverged: the gradient of step {self.step + 1} is {norm.item()}; latest.pth is as it was. "
-                f"Reduce --learning_rate (now {self.args.learning_rate:g})"
+                f"training diverged: the gradient of step {self.step + 1} is {norm.item()}; nothing was saved since "
+                f"latest.pth. Reduce --learning_rate (now {self.args.learning_rate:g})"
             )
         self.optimizer.step()
         self.ema.update(self.model)
         return loss.detach(), norm
 
-    def train_epoch(self, writer: SummaryWriter, signals: StopSignals, bar: tqdm) -> None:
-        """The batches that this epoch still lacks. Raises Interrupted, with the state whole, on a signal."""
-        args, since = self.args, time.perf_counter()
-        bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
-        self.model.train()
-        for x0, _ in dataset.batches(
+    def train_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
+        """The batches that the epoch still lacks. On a signal raises Interrupted after a step, the state whole."""
+        args = self.args
+        monitor.start_epoch(self.epoch + 1, args.epochs)
+        batches = dataset.batches(
             self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, skip=self.batch
-        ):
+        )
+        for x0, _ in batches:
             loss, norm = self.train_step(x0)
             self.step += 1
             self.batch += 1
             self.loss_sum += loss
-            bar.update(len(x0))
-            if self.step % args.log_every == 0:
-                now = time.perf_counter()
-                writer.add_scalar("loss/train", loss.item(), self.step)
-                writer.add_scalar("gradient_norm", norm.item(), self.step)
-                writer.add_scalar("learning_rate", self.optimizer.param_groups[0]["lr"], self.step)
-                writer.add_scalar("images_per_second", args.log_every * args.batch_size / (now - since), self.step)
-                bar.set_postfix(loss=f"{self.loss_sum.item() / self.batch:.4f}", refresh=False)
-                since = now
+            monitor.count_step(self.step, loss, norm, args.learning_rate)
             signals.check()
 
-    def finish_epoch(self, writer: SummaryWriter, signals: StopSignals) -> None:
-        """Validate, draw samples, save. Interrupted before its end, it has changed nothing and is simply done again."""
+    def finish_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
+        """Validate, draw samples, save. Interrupted on the way, it has changed nothing and is done again on resume."""
         args, epoch = self.args, self.epoch + 1
         last = epoch == args.epochs
         val_loss = self.validate(signals)
-        if epoch % args.sample_every == 0 or last:
-            grid = self.sample_grid(signals)
-            utils.save_png(grid, Path(args.output_path) / f"samples_epoch_{epoch:04d}.png")
-            writer.add_image("samples", grid, self.step)
+        samples = self.sample_grid(signals) if epoch % args.sample_every == 0 or last else None
 
         self.history["train"].append(self.loss_sum.item() / self.batches_per_epoch)
         self.history["val"].append(val_loss)
         self.epoch, self.batch = epoch, 0
         self.loss_sum.zero_()
         improved = val_loss < self.best
-        self.best = min(self.best, val_loss)
         if improved:
+            self.best = val_loss
             self.save("best.pth")
         if epoch % args.save_every == 0 or last:
             self.save("latest.pth")
-            utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path) / "losses.png")
-        writer.add_scalar("loss/val", val_loss, self.step)
-        log.info(
-            "epoch %d/%d: training loss %.4f, validation loss %.4f%s",
-            epoch, args.epochs, self.history["train"][-1], val_loss, " (best so far)" if improved else "",
-        )  # fmt: skip
+
+        output = Path(args.output_path)
+        utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
+        if samples is not None:
+            utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
+        monitor.show_validation(self.step, val_loss, samples)
+        train_loss, mark = self.history["train"][-1], " (best so far)" if improved else ""
+        log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, train_loss, val_loss, mark)
 
     @torch.inference_mode()
     def validate(self, signals: StopSignals) -> float:
@@ -182,7 +172,7 @@ class Trainer:
         for first in range(0, n, self.args.batch_size):
             x0 = dataset.normalise(self.held_out[first : first + self.args.batch_size])
             eps = torch.randn(x0.shape, generator=generator)
-            t = torch.arange(first, first + len(x0)) * self.args.time_steps // n  # evenly spread over all of [0, T)
+            t = torch.arange(first, first + len(x0)) * self.args.time_steps // n  # evenly spread over all timesteps
             loss = self.diffusion.loss(self.ema.model, *(z.to(self.device) for z in (x0, t, eps)))
             total += loss.item() * len(x0)
             signals.check()
@@ -190,59 +180,43 @@ class Trainer:
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
-        args, images = self.args, []
+        args = self.args
         generator = pipeline.Generator(self.ema.model, self.diffusion, args.sampler, args.steps, args.eta)
-        for first in range(0, args.num_samples, args.sample_batch_size):
-            indices = range(first, min(first + args.sample_batch_size, args.num_samples))
-            for x_t in generator.images(args.seed, indices):  # noqa: B007 (the last one is the image)
-                signals.check()
-            images.append(utils.to_uint8(x_t).cpu())
-        return utils.image_grid(torch.cat(images), columns=math.ceil(math.sqrt(args.num_samples)))
-
-    def save(self, name: str) -> None:
-        checkpoint.save(Path(self.args.checkpoint_path) / name, self.state())
+        batches = generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: signals.check())
+        return utils.image_grid(torch.cat(list(batches)))
 
     def run(self) -> int:
         """Train to the last epoch, or until a signal; returns the exit status."""
         args = self.args
-        images_per_epoch = self.batches_per_epoch * args.batch_size
+        directory, steps = Path(args.log_path) / "tensorboard", args.epochs * self.batches_per_epoch
         with (
-            SummaryWriter(Path(args.log_path) / "tensorboard", purge_step=self.step + 1) as writer,
+            Monitor(directory, self.step, steps, args.batch_size, args.log_every) as monitor,
             logging_redirect_tqdm(),
-            tqdm(
-                total=args.epochs * images_per_epoch,
-                initial=self.step * args.batch_size,
-                unit=" images",
-                unit_scale=True,
-                disable=None,  # no bar where stderr is not a terminal
-            ) as bar,
             StopSignals() as signals,
         ):
             try:
                 while self.epoch < args.epochs:
-                    self.train_epoch(writer, signals, bar)
-                    self.finish_epoch(writer, signals)
+                    self.train_epoch(monitor, signals)
+                    self.finish_epoch(monitor, signals)
             except Interrupted as stop:
                 self.save("latest.pth")
-                log.warning(
-                    "%s after step %d: saved %s/latest.pth; the same command goes on from there",
-                    stop, self.step, args.checkpoint_path,
-                )  # fmt: skip
+                latest = Path(args.checkpoint_path) / "latest.pth"
+                log.warning("%s: saved step %d in %s; the same command goes on from there", stop, self.step, latest)
                 return 128 + stop.number
             self.save("final.pth")
-        log.info("done: %s/final.pth; next: python sample.py, python eval.py", args.checkpoint_path)
+        log.info("done: %s; next: python sample.py, python eval.py", Path(args.checkpoint_path) / "final.pth")
         return 0
 
-    def describe(self) -> str:
-        """The run in a few lines for people."""
-        args = self.args
-        count = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"device    {utils.describe_device(self.device, self.precision)}\n"
-            f"network   U-Net, {count:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
-            f"data      {args.dataset}: {len(self.images):,} images to train on, {len(self.held_out):,} held out\n"
-            f"results   {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
-        )
+
+def describe(trainer: Trainer) -> str:
+    """The run in a few lines for people."""
+    args, count = trainer.args, sum(p.numel() for p in trainer.model.parameters())
+    return (
+        f"device   {utils.describe_device(trainer.device, trainer.precision)}\n"
+        f"network  U-Net, {count:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
+        f"data     {args.dataset}: {len(trainer.images):,} images to train on, {len(trainer.held_out):,} held out\n"
+        f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
+    )
 
 
 def clear_old_run(args: argparse.Namespace) -> None:
@@ -267,11 +241,11 @@ def main(args: argparse.Namespace) -> int:
     latest = Path(args.checkpoint_path) / "latest.pth"
     if latest.exists():
         trainer.resume(latest)
-    log.info(trainer.describe())
+    log.info(describe(trainer))
     if trainer.step:
-        log.info("resuming %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
+        log.info("RESUMING %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
     if trainer.epoch >= args.epochs:
-        log.info("nothing to do: all %d epochs are done; raise --epochs to go on, or start anew with --fresh", args.epochs)
+        log.info("nothing to do: all %d epochs are done; raise --epochs, or start anew with --fresh", args.epochs)
         return 0
     return trainer.run()
 

@@ -29,6 +29,7 @@ from src.errors import UserError  # the one way in which every file tells the us
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
+
 SIDE = 28  # pixels along each side of an image on disk
 TIMEOUT = 10  # seconds of silence after which a host counts as blocked
 DEBIAN = Path("/usr/share/datasets")  # where Debian's packages of data sets put their .gz files
@@ -41,7 +42,7 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]  # in the order of the labels 0, 1, ...
-    md5: dict[str, str]  # file -> MD5 of its extracted bytes
+    md5: dict[str, str]  # file name -> MD5 of its extracted bytes
     torchvision: str | None = None  # the class of torchvision.datasets that knows its mirror
     debian: str | None = None  # the package that puts it into DEBIAN / name
 
@@ -98,13 +99,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def batches(
-    images: Tensor,
-    labels: Tensor,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    device: torch.device,
-    skip: int = 0,
+    images: Tensor, labels: Tensor, batch_size: int, seed: int, epoch: int, device: torch.device, skip: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch as pairs x0 (B, 1, H, W) float32 in [-1, 1] and y (B,) int64, both on `device`.
 
@@ -130,10 +125,10 @@ def _gather(dataset: Dataset, root: Path) -> dict[str, bytearray]:
     files = _read(dataset, root, dataset.md5)
     raw = set(files)
     for folder in (root, DEBIAN / dataset.name):
-        files |= _read(dataset, folder, dataset.md5.keys() - files, ".gz")
-    if missing := sorted(dataset.md5.keys() - files):
+        files |= _read(dataset, folder, [name for name in dataset.md5 if name not in files], ".gz")
+    if missing := [name for name in dataset.md5 if name not in files]:
         files |= _fetch(dataset, root, missing)
-    _write({file: data for file, data in files.items() if file not in raw}, root / dataset.name)
+    _write({name: data for name, data in files.items() if name not in raw}, root / dataset.name)
     return files
 
 
@@ -155,7 +150,7 @@ def _fetch(dataset: Dataset, root: Path, missing: list[str]) -> dict[str, bytear
         except (UserError, OSError, RuntimeError, HTTPException) as error:
             log.info("%s gave no data, going on without it: %s", label, error)
             tried += f", nor through {label} ({error})"
-    names = ", ".join(f"{file}.gz" for file in missing)
+    names = ", ".join(f"{name}.gz" for name in missing)
     install = f", or run 'apt-get install {dataset.debian}'" if dataset.debian else ""
     raise UserError(f"{tried}: put {names} into {root}{install}")
 
@@ -245,6 +240,4 @@ def _write(files: dict[str, bytearray], folder: Path) -> None:
                 part.write_bytes(data)
                 os.replace(part, folder / name)
         except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}): choose another DATA_PATH"
-            ) from None
+            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another DATA_PATH") from None

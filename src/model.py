@@ -5,13 +5,17 @@ Shapes at line ends: B images, C channels, H × W pixels, D the width of the tim
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION_RESOLUTIONS = (16, 8)  # feature maps of this height get self-attention (Ho et al. use 16; the middle has it too)
+ATTENTION_RESOLUTIONS = (
+    16,
+    8,
+)  # feature maps of this height get self-attention (Ho et al. use 16; the middle has it too)
 SEPARABLE_BELOW = 8  # from this height down, 3×3 convolutions are depthwise-separable
 HEAD_WIDTH = 32  # channels of one attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
@@ -40,9 +44,7 @@ def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
     """
     if resolution > SEPARABLE_BELOW:
         return nn.Conv2d(c_in, c_out, 3, padding=1)
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), nn.Conv2d(c_in, c_out, 1)
-    )
+    return nn.Sequential(nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), nn.Conv2d(c_in, c_out, 1))
 
 
 class ResnetBlock(nn.Module):
@@ -79,9 +81,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
-        qkv = rearrange(
-            self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.heads
-        )
+        qkv = rearrange(self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.heads)
         h = F.scaled_dot_product_attention(*qkv)  # (B, heads, H·W, C/heads)
         return x + self.out(rearrange(h, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
 
@@ -121,13 +121,12 @@ class UNet(nn.Module):
         widths = [dim * m for m in dim_mults]
         sizes = [image_size >> level for level in range(len(widths))]
         time_width = 4 * dim
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))  # neighbouring levels: (upper, lower)
+        pairs = list(pairwise(widths))  # neighbouring levels: (upper, lower)
 
         self.time = TimeEmbedding(dim, time_width)
         self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(c_in, c, time_width, size)
-            for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
+            Level(c_in, c, time_width, size) for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
         )
         self.downsample = nn.ModuleList(nn.Conv2d(upper, upper, 3, stride=2, padding=1) for upper, _ in pairs)
         self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])

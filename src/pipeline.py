@@ -3,7 +3,7 @@
 This is the one file of src that knows several siblings, so that no script has to assemble them twice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from src import checkpoint
 from src.diffusion import Diffusion
+from src.errors import UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
-from src.utils import ImageNoise
+from src.utils import ImageNoise, to_uint8
 
 DDIM_STEPS = 50  # steps of a few-step sampler unless asked otherwise
 
@@ -32,46 +33,79 @@ def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diff
     return unet.to(device, memory_format=torch.channels_last), diffusion
 
 
+def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNet, Diffusion, dict[str, Any]]:
+    """The network, the diffusion and the settings of a checkpoint, rebuilt from nothing but the file.
+
+    Raises:
+        UserError: see `checkpoint.load`; or the file holds no weights of the kind asked for.
+    """
+    state = checkpoint.load(path)
+    weights = "ema" if use_ema else "model"
+    if weights not in state:
+        raise UserError(f"{path} holds no {'averaged' if use_ema else 'raw'} weights: ask for the other kind")
+    unet, diffusion = build(state["settings"], device)
+    unet.load_state_dict(state[weights])
+    return unet.eval().requires_grad_(False), diffusion, state["settings"]
+
+
 class Generator:
     """A network and a sampler, ready to make images.
 
     Args:
-        unet, diffusion: as `build` returns them.
+        unet, diffusion: as `build` and `restore` return them.
         sampler: a name in SAMPLERS.
-        steps: network evaluations an image; 0 means all timesteps for ddpm, DDIM_STEPS for the others.
+        steps: network evaluations an image; 0 means all timesteps for ddpm, DDIM_STEPS for ddim.
         eta: DDIM's share of fresh noise, 0 to 1; ddpm has none to set.
+
+    Raises:
+        UserError: there are more steps than the diffusion has timesteps.
     """
 
     def __init__(self, unet: UNet, diffusion: Diffusion, sampler: str, steps: int = 0, eta: float = 0.0) -> None:
         self.unet, self.diffusion = unet, diffusion
-        self.device = next(unet.parameters()).device
         self.shape = (unet.channels, unet.image_size, unet.image_size)
+        self.device = next(unet.parameters()).device
         self.sampler = sampler
         self.steps = steps or (diffusion.time_steps if sampler == "ddpm" else min(DDIM_STEPS, diffusion.time_steps))
         self.options = {"eta": eta} if sampler == "ddim" else {}
+        if self.steps > diffusion.time_steps:
+            raise UserError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: ask for fewer")
 
-    def noise(self, seed: int, indices: Sequence[int]) -> ImageNoise:
-        """The random streams of images `indices` of a seed."""
-        return ImageNoise(seed, indices, self.shape, self.device)
+    def generate(
+        self, seed: int, count: int, batch_size: int, on_step: Callable[[Tensor], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Images 0 to count - 1 of a seed, uint8 (B,C,H,W), a batch at a time.
 
-    def trajectory(self, x_T: Tensor, draw: ImageNoise) -> Iterator[Tensor]:
-        """Every x_t (B,C,H,W) from noise x_T to the image, which is the last, in [-1, 1]."""
-        sampler = SAMPLERS[self.sampler]
-        return sampler(self.unet, self.diffusion, x_T, draw, self.steps, **self.options)
+        Image i is the same whatever `count` and `batch_size` (but for float rounding, which may move a pixel by one
+        grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
+        """
+        for first in range(0, count, batch_size):
+            draw = ImageNoise(seed, range(first, min(first + batch_size, count)), self.shape, self.device)
+            yield self._follow(draw(), draw, on_step)
 
-    def images(self, seed: int, indices: Sequence[int]) -> Iterator[Tensor]:
-        """The trajectory of images `indices` of a seed; image i is the same whatever its company."""
-        draw = self.noise(seed, indices)
-        return self.trajectory(draw(), draw)
+    def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
+        """From image 0 of a seed to image 1 in `frames` images, ends included, uint8 (frames,C,H,W).
+
+        Meant for a deterministic sampler: only there are the ends images 0 and 1 of `generate`, and neighbours alike.
+        """
+        draw = ImageNoise(seed, range(2), self.shape, self.device)
+        noises = slerp(*draw(), torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
+        return torch.cat([self._follow(x_T, draw) for x_T in noises.split(batch_size)])
+
+    def _follow(self, x_T: Tensor, draw: ImageNoise, on_step: Callable[[Tensor], None] | None = None) -> Tensor:
+        for x_t in SAMPLERS[self.sampler](self.unet, self.diffusion, x_T, draw, self.steps, **self.options):
+            if on_step is not None:
+                on_step(x_t)
+        return to_uint8(x_t).cpu()
 
 
-def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNet, Diffusion, dict[str, Any]]:
-    """The network, the diffusion and the whole state of a checkpoint, rebuilt from the settings that it carries.
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation (Shoemake 1985) from a at weight 0 to b at weight 1: (C,H,W), (F,) → (F,C,H,W).
 
-    Raises:
-        UserError: see `checkpoint.load`.
+    Gaussian noise in many dimensions lies near a sphere. A straight line between two noises leaves it: its middle
+    has 0.7 of their norm, unlike any noise that the network was trained on. The arc stays on it.
     """
-    state = checkpoint.load(path)
-    unet, diffusion = build(state["settings"], device)
-    unet.load_state_dict(state["ema" if use_ema else "model"])
-    return unet.eval().requires_grad_(False), diffusion, state
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    w = weights[:, None, None, None]
+    return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()

@@ -5,6 +5,7 @@ shape, and the number of steps. The last tensor that it yields is the image, in 
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def time_grid(diffusion: Diffusion, steps: int) -> list[tuple[int, int]]:
     if not 1 <= steps <= diffusion.time_steps:
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
     times = torch.linspace(diffusion.time_steps - 1, -1, steps + 1, dtype=torch.float64).round().int().tolist()
-    return list(zip(times[:-1], times[1:], strict=True))
+    return list(pairwise(times))
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Seeds, devices, pictures and plots."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,11 @@ class ImageNoise:
     """
 
     def __init__(
-        self, seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: tuple[int, int, int],
+        device: torch.device | str = "cpu",
     ) -> None:
         self.shape, self.device = shape, device
         self.streams = [torch.Generator().manual_seed(_stream_seed(seed, i)) for i in indices]
@@ -104,8 +109,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Tile images (N,C,H,W) uint8 into one picture (C,H',W'), row by row, with black gaps; holes stay black."""
+def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Tile images (N,C,H,W) uint8 into one picture (C,H',W'), row by row, as square as can be unless told.
+
+    Gaps are black, and so is what is missing of the last row.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
     padding = (gap // 2, gap - gap // 2) * 2 + (0, 0, 0, rows * columns - len(images))
     return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
@@ -114,7 +123,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """(C,H,W) uint8 to a Pillow image: mode L for one channel, RGB for three."""
     array = image.cpu().numpy()
-    return Image.fromarray(array[0] if len(array) == 1 else rearrange(array, "c h w -> h w c"))
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(rearrange(array, "c h w -> h w c")))
 
 
 def save_png(image: Tensor, path: Path) -> None:
@@ -131,7 +140,9 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
 
 def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path) -> None:
     """Draw both loss curves over the epochs, which count from 1, to a PNG."""
-    from matplotlib.figure import Figure  # here, for it takes a second; Figure needs no display and no global state
+    from matplotlib.figure import (
+        Figure,
+    )  # here, for it takes a second; Figure needs no display and no global state
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -1,0 +1,127 @@
+"""Score a trained model against the test images: python eval.py. Writes OUTPUT_PATH/eval/metrics.json."""
+
+import argparse
+
+import config
+
+SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE DEVICE DATA_PATH".split()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES)
+    parser.add_checkpoint()
+    parser.add_output_dir("eval")
+    parser.add_argument(
+        "--inception_weights",
+        metavar="FILE",
+        help="Inception-v3's weights (default: fetched once, then kept)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from src import dataset, errors, inception, metrics, pipeline, utils
+
+log = logging.getLogger("eval")
+
+
+def protocol(
+    args: argparse.Namespace,
+    generator: pipeline.Generator,
+    settings: dict[str, Any],
+    reference_count: int,
+    sha256: str,
+) -> dict[str, Any]:
+    """All that somebody needs who wants to get the same numbers."""
+    return {
+        "checkpoint": {
+            "file": str(args.checkpoint),
+            "sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+            "weights": "ema",
+        },
+        "generated": {
+            "images": args.num_samples,
+            "sampler": generator.sampler,
+            "steps": generator.steps,
+            **generator.options,
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+        },
+        "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count},
+        "extractor": {"network": "Inception-v3 (2015-12-05), 2048 features", "weights_sha256": sha256},
+        "device": utils.describe_device(generator.device, torch.float32),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "torchmetrics", "torch-fidelity")},
+        },
+    }
+
+
+def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
+    """The scores and how they were had, for people."""
+    inception_score = "unavailable"
+    if scores["inception_score_mean"] is not None:
+        inception_score = f"{scores['inception_score_mean']:.3f} ± {scores['inception_score_std']:.3f}"
+    made, reference = about["generated"], about["reference"]
+    rows = [
+        ("FID (lower is better)", f"{scores['fid']:.2f}"),
+        ("Inception Score (higher)", inception_score),
+        (
+            "generated",
+            f"{made['images']:,} images, {made['sampler']}, {made['steps']} steps, seed {made['seed']}",
+        ),
+        (
+            "reference",
+            f"{reference['images']:,} images, {reference['split']} split of {reference['dataset']}",
+        ),
+        ("checkpoint", about["checkpoint"]["file"]),
+    ]
+    lines = [f"  {name:26}{value}" for name, value in rows]
+    return "\n".join(lines + [f"  note: {note}" for note in scores["notes"]])
+
+
+def main(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = utils.pick_device(args.device)
+    unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
+    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
+    directory = utils.make_directory(args.output_dir, "--output_dir")
+
+    real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
+    extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
+    scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)
+
+    images, start = [], time.perf_counter()
+    steps = generator.steps * -(-args.num_samples // args.batch_size)
+    with tqdm(total=steps, unit="step", desc="generating and scoring", disable=None) as bar:
+        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: bar.update()):
+            scores.update(batch)
+            images.append(batch)
+    seconds = time.perf_counter() - start
+
+    results = scores.compute()
+    about = protocol(args, generator, settings, len(real), extractor.sha256)
+    (directory / "metrics.json").write_text(
+        json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
+    )
+    utils.save_png(utils.image_grid(torch.cat(images)[:64]), directory / "grid.png")
+    log.info("%s\nwrote metrics.json and grid.png to %s", table(results, about), directory)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(ARGS), "eval.py")

@@ -1,0 +1,88 @@
+"""Generate images from a trained model: python sample.py --checkpoint checkpoints/best.pth."""
+
+import argparse
+
+import config
+
+SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE INTERP_STEPS DEVICE".split()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__, SETTINGS)
+    parser.add_checkpoint()
+    parser.add_output_dir("samples")
+    parser.add_argument("--interpolate", action="store_true", help="also morph the first image into the second")
+    parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
+    parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
+    args = parser.parse_args()
+    if args.interpolate and (args.sampler != "ddim" or args.eta > 0):
+        parser.error("--interpolate needs a deterministic sampler: --sampler ddim --eta 0")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src import errors, pipeline, utils
+
+log = logging.getLogger("sample")
+
+GIF_FRAMES = 50  # pictures of an animation, however many steps the sampler takes
+
+
+def write_samples(generator: pipeline.Generator, args: argparse.Namespace, directory: Path) -> None:
+    """Write NUM_SAMPLES images one by one, all of them as a grid, and on request how the first batch emerged."""
+    images: list[Tensor] = []
+    frames: list[Tensor] = []  # of the first batch, as grids
+    steps = generator.steps * -(-args.num_samples // args.batch_size)
+    with tqdm(total=steps, unit="step", desc="sampling", disable=None) as bar:
+
+        def on_step(x_t: Tensor) -> None:
+            bar.update()
+            if args.gif and not images and bar.n % max(1, generator.steps // GIF_FRAMES) == 0:
+                frames.append(utils.image_grid(utils.to_uint8(x_t)))
+
+        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
+            for index, image in enumerate(batch, start=len(images)):
+                utils.save_png(image, directory / f"sample_{index:05d}.png")
+            images.extend(batch)
+    utils.save_png(utils.image_grid(torch.stack(images)), directory / "grid.png")
+    if args.gif:
+        frames.append(utils.image_grid(torch.stack(images[: args.batch_size])))
+        utils.save_gif(frames, directory / "denoising.gif")
+
+
+def main(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = utils.pick_device(args.device)
+    unet, diffusion, _ = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
+    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
+    directory = utils.make_directory(args.output_dir, "--output_dir")
+    log.info(
+        "%s on %s: %d images, %s, %d steps",
+        args.checkpoint,
+        device,
+        args.num_samples,
+        args.sampler,
+        generator.steps,
+    )
+
+    write_samples(generator, args, directory)
+    if args.interpolate:
+        strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
+        utils.save_png(utils.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
+
+    extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
+    log.info("wrote grid.png, %d images%s to %s", args.num_samples, extras, directory)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(lambda: main(ARGS), "sample.py")

@@ -1,0 +1,70 @@
+"""What people see of a running training: a progress bar and TensorBoard's curves and pictures."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Monitor:
+    """Counts the steps of a training and shows them.
+
+    Args:
+        directory: of TensorBoard's event files. What an earlier process wrote there of steps that are now to be
+            done again is hidden (TensorBoard's purge_step), so that a resumed run shows no point twice.
+        step: optimiser steps done already.
+        total_steps: optimiser steps of the whole run.
+        batch_size: images a step.
+        log_every: steps between scalars.
+    """
+
+    def __init__(self, directory: Path, step: int, total_steps: int, batch_size: int, log_every: int) -> None:
+        self.batch_size, self.log_every = batch_size, log_every
+        self.writer = SummaryWriter(directory, purge_step=step + 1)
+        self.bar = tqdm(
+            total=total_steps * batch_size,
+            initial=step * batch_size,
+            unit=" images",
+            unit_scale=True,
+            disable=None,  # no bar where stderr is not a terminal
+        )
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        self.writer.close()
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Name the epoch, from 1, in the bar, and start the clock behind images/s."""
+        self.bar.set_description(f"epoch {epoch}/{epochs}")
+        self.since = time.perf_counter()
+
+    def count_step(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Take note of an optimiser step, and every `log_every` steps (only then is the device waited for) show it."""
+        self.bar.update(self.batch_size)
+        if step % self.log_every:
+            return
+        now = time.perf_counter()
+        scalars = {
+            "loss/train": loss.item(),
+            "gradient_norm": gradient_norm.item(),
+            "learning_rate": learning_rate,
+            "images_per_second": self.log_every * self.batch_size / (now - self.since),
+        }
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.bar.set_postfix(loss=f"{scalars['loss/train']:.4f}", refresh=False)
+        self.since = now
+
+    def show_validation(self, step: int, loss: float, samples: Tensor | None) -> None:
+        """The validation loss of an epoch that ended with `step`, and its picture (C,H,W) uint8, if it has one."""
+        self.writer.add_scalar("loss/validation", loss, step)
+        if samples is not None:
+            self.writer.add_image("samples", samples, step)
+        self.writer.flush()

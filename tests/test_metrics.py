@@ -1,0 +1,259 @@
+"""The scores, against closed forms and independent computations; a small linear map stands in for Inception."""
+
+import dataclasses
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from src import metrics
+
+FEATURES = 16  # torchmetrics takes eigenvalues of (D, D) matrices: 2048 would need 10 s a test
+
+
+@dataclasses.dataclass
+class LinearExtractor:
+    """Features and logits are fixed random projections of the pixels; `calls` counts the images it has seen."""
+
+    num_features: int = FEATURES
+    has_logits: bool = True
+    sha256: str = "0" * 64
+    calls: int = 0
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += len(images)
+        pixels = images.flatten(1).float() / 255
+        maps = torch.randn(pixels.shape[1], self.num_features + 10, generator=torch.Generator().manual_seed(5))
+        features, logits = (pixels @ maps).split([self.num_features, 10], dim=1)
+        return features, logits if self.has_logits else torch.full_like(logits, torch.nan)
+
+
+class GivenLogits(LinearExtractor):
+    """The logits that the test wants: the first pixel of an image is its class, `sharpness` how sure it is."""
+
+    def __init__(self, classes: int, sharpness: float) -> None:
+        super().__init__()
+        self.classes, self.sharpness = classes, sharpness
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        label = images[:, 0, 0, 0].long()
+        return super().__call__(images)[0], self.sharpness * torch.eye(self.classes)[label]
+
+
+def random_images(n: int, seed: int, high: int = 256) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def reference(tmp_path) -> dict[str, Tensor]:
+    return metrics.reference_statistics(random_images(200, seed=1), LinearExtractor(), tmp_path)
+
+
+def scores_of(images: Tensor, reference: dict[str, Tensor], extractor=None, batch_size=50, **settings) -> dict:
+    scores = metrics.Scores(extractor or LinearExtractor(), reference, **settings)
+    for batch in images.split(batch_size):
+        scores.update(batch)
+    return scores.compute()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Heusel et al. 2017, equation 6, by symmetric square roots (torchmetrics goes another way)."""
+
+    def root(matrix: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(matrix)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+    c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = root(root(c_a) @ c_b @ root(c_a))
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c_a + c_b - 2 * cross))
+
+
+def test_fid_is_the_frechet_distance_between_gaussians(reference):
+    generated = random_images(150, seed=2, high=200)
+    a, b = (LinearExtractor()(images)[0].double().numpy() for images in (random_images(200, seed=1), generated))
+    result = scores_of(generated, reference)
+    assert result["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert (result["num_images"], result["num_reference_images"]) == (150, 200)
+
+
+def test_fid_of_shifted_features_is_the_squared_shift(reference):
+    """With equal covariances only |m - m_w|² is left."""
+
+    class Shifted(LinearExtractor):
+        def __call__(self, images):
+            features, logits = super().__call__(images)
+            return features + 0.5, logits
+
+    fid = scores_of(random_images(200, seed=1), reference, Shifted())["fid"]
+    assert fid == pytest.approx(FEATURES * 0.25, rel=1e-5)
+
+
+def test_fid_of_the_reference_itself_is_zero(reference):
+    assert scores_of(random_images(200, seed=1), reference)["fid"] == pytest.approx(0, abs=1e-8)
+
+
+def test_scores_do_not_depend_on_the_batches(reference):
+    images = random_images(101, seed=3)
+    whole = scores_of(images, reference, batch_size=101)
+    for batch_size in (1, 7, 64):
+        parts = scores_of(images, reference, batch_size=batch_size)
+        assert parts["fid"] == pytest.approx(whole["fid"], rel=1e-6)
+        assert parts["inception_score_mean"] == pytest.approx(whole["inception_score_mean"], rel=1e-5)
+
+
+def test_one_pass_through_the_network_serves_all_scores(reference):
+    extractor = LinearExtractor()
+    scores_of(random_images(60, seed=3), reference, extractor)
+    assert extractor.calls == 60
+
+
+def test_reference_statistics_are_computed_once(tmp_path):
+    images, extractor = random_images(90, seed=4), LinearExtractor()
+    fresh = metrics.reference_statistics(images, extractor, tmp_path, batch_size=32)
+    cached = metrics.reference_statistics(images, extractor, tmp_path)
+    assert extractor.calls == 90
+    assert fresh.keys() == cached.keys()
+    assert all(torch.equal(fresh[name], cached[name]) for name in fresh)
+    assert scores_of(random_images(50, 5), fresh) == scores_of(random_images(50, 5), cached)
+
+
+def test_reference_statistics_are_moments(reference):
+    features = LinearExtractor()(random_images(200, seed=1))[0].double()
+    torch.testing.assert_close(reference["real_features_sum"], features.sum(0))
+    torch.testing.assert_close(reference["real_features_cov_sum"], features.T @ features)
+    assert reference["real_features_num_samples"] == 200
+
+
+def test_other_images_or_weights_are_not_taken_from_the_cache(tmp_path):
+    images = random_images(40, seed=4)
+    metrics.reference_statistics(images, LinearExtractor(), tmp_path)
+    one_pixel_off = images.clone()
+    one_pixel_off[0, 0, 0, 0] ^= 1
+    for changed, sha256 in ((one_pixel_off, "0" * 64), (images, "1" * 64)):
+        extractor = LinearExtractor(sha256=sha256)
+        metrics.reference_statistics(changed, extractor, tmp_path)
+        assert extractor.calls == 40
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "another's"])
+def test_unusable_cache_file_is_made_again_with_a_warning(tmp_path, caplog, damage):
+    images = random_images(40, seed=4)
+    fresh = metrics.reference_statistics(images, LinearExtractor(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "another's":
+        metrics.reference_statistics(random_images(40, seed=9), LinearExtractor(), tmp_path / "other")
+        content = next((tmp_path / "other").iterdir()).read_bytes()
+    elif damage == "flipped bit":
+        content[content.index(fresh["real_features_cov_sum"].numpy().tobytes()) + 100] ^= 4
+    else:
+        content = content[: len(content) // 2] if damage == "truncated" else b""
+    file.write_bytes(content)
+    extractor = LinearExtractor()
+    with caplog.at_level(logging.WARNING):
+        again = metrics.reference_statistics(images, extractor, tmp_path)
+    assert extractor.calls == 40
+    assert file.name in caplog.text
+    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+    metrics.reference_statistics(images, extractor, tmp_path)
+    assert extractor.calls == 40, "the file was not mended"
+
+
+def test_unwritable_cache_costs_only_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("where the directory belongs")
+    with caplog.at_level(logging.WARNING):
+        statistics = metrics.reference_statistics(random_images(9, 4), LinearExtractor(), tmp_path / "file")
+    assert statistics["real_features_num_samples"] == 9
+    assert "again" in caplog.text
+
+
+def test_cache_follows_torch_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert metrics.cache_dir() == tmp_path / "hub" / "simple-ddpm"
+
+
+def labelled_images(classes: int, each: int) -> Tensor:
+    images = random_images(classes * each, seed=6)
+    images[:, 0, 0, 0] = torch.arange(classes).repeat_interleave(each)
+    return images
+
+
+def test_inception_score_of_a_network_that_sees_nothing_is_one(reference):
+    result = scores_of(labelled_images(5, 20), reference, GivenLogits(5, sharpness=0))
+    assert result["inception_score_mean"] == pytest.approx(1, rel=1e-6)
+    assert result["inception_score_std"] == pytest.approx(0, abs=1e-6)
+
+
+def test_inception_score_of_certain_and_balanced_classes_is_their_number(reference):
+    result = scores_of(labelled_images(5, 20), reference, GivenLogits(5, sharpness=40), splits=1)
+    assert result["inception_score_mean"] == pytest.approx(5, rel=1e-5)
+    assert result["inception_score_std"] is None  # one split has no deviation
+    assert any("deviation" in note for note in result["notes"])
+
+
+def test_inception_score_by_its_definition(reference):
+    """exp(E_x KL(p(y|x) || p(y))), Salimans et al. 2016, over all images."""
+    images = random_images(80, seed=7)
+    p = LinearExtractor()(images)[1].double().softmax(1).numpy()
+    expected = math.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    assert scores_of(images, reference, splits=1)["inception_score_mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_inception_score_depends_on_its_seed_alone(reference):
+    images = random_images(80, seed=7)
+    results = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        results.append(scores_of(images, reference, seed=3))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1]
+    assert results[0]["inception_score_std"] != scores_of(images, reference, seed=4)["inception_score_std"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_missing_logits_give_none_and_a_reason(reference, declared):
+    class Nan(LinearExtractor):
+        def __call__(self, images):
+            features, logits = super().__call__(images)
+            return features, torch.full_like(logits, torch.nan)
+
+    result = scores_of(random_images(40, seed=8), reference, Nan(has_logits=not declared))
+    assert result["inception_score_mean"] is None
+    assert result["inception_score_std"] is None
+    assert any("Inception Score is missing" in note for note in result["notes"])
+    assert math.isfinite(result["fid"])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_images_give_none_and_a_reason(reference, n):
+    result = (
+        scores_of(random_images(n, seed=8), reference) if n else metrics.Scores(LinearExtractor(), reference).compute()
+    )
+    assert result["fid"] is None
+    assert any("FID is missing" in note for note in result["notes"])
+    assert not any(isinstance(value, float) and math.isnan(value) for value in result.values())
+
+
+def test_note_where_images_are_fewer_than_features(reference):
+    assert metrics.small_sample_notes(2049) == []
+    (note,) = metrics.small_sample_notes(2047)
+    assert "2,047" in note and "2,048" in note and "too high" in note
+    assert scores_of(random_images(FEATURES + 1, seed=8), reference)["notes"] == []
+    assert len(scores_of(random_images(FEATURES, seed=8), reference)["notes"]) == 1
+
+
+def test_few_reference_images_are_noted_too(tmp_path):
+    few = metrics.reference_statistics(random_images(FEATURES, seed=1), LinearExtractor(), tmp_path)
+    assert len(scores_of(random_images(100, seed=2), few)["notes"]) == 1
+
+
+def test_scores_construct_without_warnings(reference, recwarn):
+    scores_of(random_images(40, seed=8), reference)
+    assert [str(warning.message) for warning in recwarn] == []
