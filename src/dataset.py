@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from src.errors import UserError  # the one way in which every file tells the user what to mend
 
@@ -181,9 +182,10 @@ def _apt_get(dataset: Dataset, scratch: Path) -> None:
     # With lists and cache of its own, apt-get needs no privileges and leaves the system as it was.
     apt = ["apt-get", "-o", f"Dir::State::Lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache"]
     apt += ["-o", f"Acquire::http::Timeout={TIMEOUT}"]
-    _run([*apt, "update"], scratch)
-    _run([*apt, "download", dataset.debian], scratch)
-    _run(["dpkg-deb", "-x", *map(str, scratch.glob("*.deb")), "."], scratch)
+    unpack = ["sh", "-c", "dpkg-deb -x *.deb ."]
+    commands = ([*apt, "update"], [*apt, "download", dataset.debian], unpack)
+    for command in tqdm(commands, desc=f"apt-get download {dataset.debian}", unit="command", disable=None):
+        _run(command, scratch)
 
 
 def _run(command: list[str], folder: Path, timeout: float = 300) -> None:

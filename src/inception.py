@@ -76,6 +76,7 @@ class Extractor(nn.Module):
     file's. Raises UserError if the file is missing, damaged or another network's.
     """
 
+    name = "Inception-v3 (2015-12-05) of torch-fidelity, images resized as by TensorFlow 1"
     num_features = 2048
 
     def __init__(self, path: str | Path) -> None:

@@ -27,6 +27,7 @@ class StopSignals:
         self._restore()
 
     def check(self) -> None:
+        """Raise `Interrupted` if a signal has come since the block was entered."""
         if self.number is not None:
             raise Interrupted(self.number)
 

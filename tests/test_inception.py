@@ -77,21 +77,26 @@ def extractor(random_weights) -> inception.Extractor:
     return extractor
 
 
-def test_extractor_gives_features_and_logits(extractor):
-    features, logits = extractor(IMAGES)
+@pytest.fixture(scope="module")
+def seen(extractor) -> tuple[Tensor, Tensor]:
+    return extractor(IMAGES)
+
+
+def test_extractor_gives_features_and_logits(extractor, seen):
+    features, logits = seen
     assert features.shape == (2, extractor.num_features) and features.dtype == torch.float32
     assert logits.shape == (2, 1008) and logits.dtype == torch.float32
     assert extractor.has_logits and logits.isfinite().all() and features.std() > 0
     assert re.fullmatch("[0-9a-f]{64}", extractor.sha256)
 
 
-def test_grayscale_is_three_equal_channels(extractor):
-    torch.testing.assert_close(extractor(IMAGES)[0], extractor(IMAGES.expand(-1, 3, -1, -1))[0])
+def test_grayscale_is_three_equal_channels(extractor, seen):
+    torch.testing.assert_close(extractor(IMAGES.expand(-1, 3, -1, -1))[0], seen[0])
 
 
-def test_extractor_stays_in_evaluation_mode(extractor):
+def test_extractor_stays_in_evaluation_mode(extractor, seen):
     assert not any(module.training for module in extractor.train().modules())
-    torch.testing.assert_close(extractor(IMAGES)[0][:1], extractor(IMAGES[:1])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor(IMAGES[:1])[0], seen[0][:1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("images", [IMAGES.float(), IMAGES[0], IMAGES.expand(-1, 2, -1, -1)])
@@ -104,7 +109,7 @@ def test_weights_without_last_layer_have_no_logits(random_state, tmp_path):
     no_last_layer = torch.full((1008, 2048), torch.nan)
     torch.save({**random_state, "fc.weight": no_last_layer}, tmp_path / "features.pth")
     extractor = inception.Extractor(tmp_path / "features.pth")
-    features, logits = extractor(IMAGES)
+    features, logits = extractor(IMAGES[:1])
     assert not extractor.has_logits and features.isfinite().all() and logits.isnan().all()
 
 
@@ -149,7 +154,7 @@ def test_nothing_unverified_is_unpickled(tmp_path, cache):
     trap = Trap(tmp_path / "marker")
     cache.mkdir(parents=True)
     torch.save({"fc.weight": trap}, tmp_path / "given.pth")
-    (tmp_path / "legacy.pth").write_bytes(pickle.dumps(trap))
+    (tmp_path / "legacy.pth").write_bytes(pickle.dumps(trap, protocol=2))
     for path in ("given.pth", "legacy.pth"):
         with pytest.raises(UserError):
             inception.weights(tmp_path / path)
@@ -213,8 +218,12 @@ def test_silent_host_costs_seconds(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             inception._download(tmp_path / "weights.pth")
     assert time.monotonic() - started < 5
-    assert socket.getdefaulttimeout() is None
+    assert socket.getdefaulttimeout() is None, "the time limit outlives the download"
     assert not list(tmp_path.iterdir())
+
+
+def test_hash_is_read_from_the_name_of_the_file():
+    assert inception.URL_SHA256 == "6725825d"
 
 
 def test_download_with_another_hash_is_not_kept(tmp_path, monkeypatch):
@@ -278,6 +287,7 @@ def real_weights(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load")
 def test_converted_network_sees_what_the_original_sees(real_weights, monkeypatch):
     scripts = []
     monkeypatch.setattr(inception, "convert", lambda script: scripts.append(script) or {})

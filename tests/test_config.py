@@ -1,0 +1,140 @@
+"""One source for constants, flags and help; every mistake named with its value and its remedy, status 2."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+import config
+import eval as evaluate
+import sample
+import train
+
+CONSTANTS = [name for name in vars(config) if re.fullmatch(r"[A-Z_]+", name)]
+SETTINGS = [n for n in CONSTANTS if n not in {"POSITIVE", "RULES", "RELATIONS", "FREE_ON_RESUME"}]
+SPECIFIED = {
+    "BATCH_SIZE": 64,
+    "LEARNING_RATE": 1e-3,
+    "EPOCHS": 200,
+    "GRAD_CLIP": 1.0,
+    "IMAGE_SIZE": 32,
+    "CHANNELS": 1,
+    "TIME_STEPS": 1000,
+    "UNET_DIM": 32,
+    "UNET_DIM_MULTS": [1, 2, 4, 8],
+    "BETA_START": 1e-4,
+    "BETA_END": 0.02,
+    "SCHEDULE_TYPE": "cosine",
+    "EMA_DECAY": 0.995,
+    "NUM_SAMPLES": 64,
+    "SAVE_EVERY": 5,
+    "SAMPLE_EVERY": 10,
+    "DATA_PATH": "./data/fashion-mnist",
+    "CHECKPOINT_PATH": "./checkpoints",
+    "OUTPUT_PATH": "./outputs",
+    "LOG_PATH": "./logs",
+}
+
+
+def parse(script, monkeypatch, *arguments: str) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    return script.parse_args()
+
+
+def test_the_defaults_are_the_specification_s():
+    assert {name: getattr(config, name) for name in SPECIFIED} == SPECIFIED
+
+
+def test_every_constant_is_a_flag_of_some_script_and_is_documented():
+    used = {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS, "EVAL_SAMPLES"}
+    assert used == set(SETTINGS) == set(config._comments())
+
+
+def test_every_setting_is_read_somewhere():
+    """A flag that is accepted and then ignored is worse than none."""
+    root = Path(config.__file__).parent
+    code = "".join(path.read_text() for path in [*root.glob("[tse]*.py"), *root.glob("src/*.py")])
+    for name in {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS}:
+        assert re.search(rf"args\.{name.lower()}\b|settings\[\"{name.lower()}\"\]|\"{name.lower()}\"", code), name
+
+
+def test_flags_override_constants_and_keep_their_types(monkeypatch):
+    args = parse(train, monkeypatch, "--batch_size", "32", "--schedule_type", "linear", "--unet_dim_mults", "1", "2")
+    assert (args.batch_size, args.schedule_type, args.unet_dim_mults) == (32, "linear", [1, 2])
+    assert parse(train, monkeypatch).unet_dim_mults == config.UNET_DIM_MULTS == [1, 2, 4, 8]
+
+
+def test_help_shows_every_flag_with_its_meaning_and_default(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(train, monkeypatch, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name in train.SETTINGS:
+        assert f"--{name.lower()} " in text
+    assert "largest norm of the gradient (default: 1.0)" in text
+    assert "(default: 1 2 4 8)" in text
+
+
+def test_eval_generates_a_thousand_images_by_default(monkeypatch):
+    assert parse(evaluate, monkeypatch).num_samples == 1000
+
+
+MISTAKES = [
+    (train, "--batch_size 0", "BATCH_SIZE is 0, but must be at least 1"),
+    (train, "--batch_size -3", "BATCH_SIZE is -3"),
+    (train, "--batch_size many", "--batch_size: invalid int value: 'many'"),
+    (train, "--epochs 0", "EPOCHS is 0"),
+    (train, "--learning_rate nan", "LEARNING_RATE is nan"),
+    (train, "--learning_rate -1", "LEARNING_RATE is -1.0"),
+    (train, "--learning_rate inf", "LEARNING_RATE is inf"),
+    (train, "--grad_clip 0", "GRAD_CLIP is 0.0"),
+    (train, "--ema_decay 1", "EMA_DECAY is 1.0, but must be at least 0 and below 1"),
+    (train, "--seed -1", "SEED is -1"),
+    (train, "--precision float16", "PRECISION is 'float16'"),
+    (train, "--unet_dim 12", "UNET_DIM is 12, but must be a positive multiple of 8"),
+    (train, "--unet_dim_mults", "--unet_dim_mults: expected at least one argument"),
+    (train, "--unet_dim_mults 1 0", "UNET_DIM_MULTS is [1, 0]"),
+    (train, "--image_size 36", "IMAGE_SIZE must be divisible by 2^(levels - 1)"),
+    (train, "--time_steps 1", "TIME_STEPS is 1, but must be at least 2"),
+    (train, "--schedule_type quadratic", "SCHEDULE_TYPE is 'quadratic', but must be linear or cosine"),
+    (train, "--beta_start 0.03", "BETA_START must be below BETA_END (BETA_START is 0.03, BETA_END is 0.02)"),
+    (train, "--beta_end 1.5", "BETA_END is 1.5"),
+    (train, "--device tpu", "DEVICE is 'tpu'"),
+    (train, "--log_every 0", "LOG_EVERY is 0"),
+    (train, "--overwrite", "--overwrite goes with --fresh"),
+    (train, "--checkpoint_path=", "CHECKPOINT_PATH is ''"),
+    (train, "--batch 3", "unrecognized arguments: --batch 3"),
+    (sample, "--num_samples 0", "NUM_SAMPLES is 0"),
+    (sample, "--interp_steps 1", "INTERP_STEPS is 1, but must be at least 2"),
+    (sample, "--sampler euler", "SAMPLER is 'euler', but must be ddpm or ddim"),
+    (sample, "--sampler ddpm --eta 0.5", "ETA is for SAMPLER ddim only"),
+    (sample, "--interpolate --sampler ddpm", "--interpolate needs a deterministic sampler"),
+    (sample, "--steps -1", "STEPS is -1"),
+    (evaluate, "--eta 2", "ETA is 2.0"),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "message"), MISTAKES, ids=[line for _, line, _ in MISTAKES])
+def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(script, line, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(script, monkeypatch, *line.split())
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert errors.startswith("train.py: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_several_mistakes_are_reported_together(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(train, monkeypatch, "--batch_size", "0", "--epochs", "-1", "--ema_decay", "1.5")
+    errors = capsys.readouterr().err
+    assert all(name in errors for name in ("BATCH_SIZE", "EPOCHS", "EMA_DECAY"))
+
+
+def test_only_settings_that_leave_the_weights_alone_may_change_on_resume():
+    saved = {"epochs": 10, "seed": 0, "unet_dim": 32, "save_every": 5}
+    wanted = {"epochs": 20, "seed": 1, "unet_dim": 64, "save_every": 1}
+    changed = config.changed_settings(saved, wanted)
+    assert sorted(changed) == ["SEED was 0 and is now 1", "UNET_DIM was 32 and is now 64"]

@@ -1,0 +1,418 @@
+"""`src/samplers.py` where the answer is known exactly, against each other, and against diffusers.
+
+The known answer: for Gaussian data x_0 ~ N(μ, s²) the best noise predictor has a closed form, and a sampler is a
+chain of affine maps of its noises. So is the whole: x = m + a x_T + Σ r_k z_k, which is N(m, a² + Σ r_k²), and
+feeding it zeros and single ones reads off m, a and every r_k, without any statistics.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from src.diffusion import Diffusion
+from src.pipeline import slerp
+from src.samplers import SAMPLERS, ddim, ddpm, time_grid
+from src.utils import ImageNoise
+
+SCHEDULES = ["linear", "cosine"]
+MU, S = 0.2, 0.15  # the Gaussian data; clipping at ±1 is more than 5 s away
+VARIANTS = {  # sampler, and the eta that it stands for in the exact recursion
+    "ddpm": (ddpm, 1.0),
+    "ddim": (ddim, 0.0),
+    "ddim, eta 0.5": (partial(ddim, eta=0.5), 0.5),
+    "ddim, eta 1": (partial(ddim, eta=1.0), 1.0),
+}
+Law = tuple[float, float]  # mean and standard deviation of a Gaussian
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stream(*shape: int, seed: int = 1):
+    """A `draw` that gives the same noises each time it is made."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def never() -> Tensor:
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    *_, x = states
+    return x
+
+
+def wild(x_t: Tensor, t: Tensor) -> Tensor:
+    """A nonlinear noise predictor, so far from any true one that clipping is active all the way."""
+    t = t[:, None, None, None]
+    return torch.sin(3 * x_t + t / 100) + 0.7 * x_t.roll(1, dims=-1) + 0.1
+
+
+def best_predictor(diffusion: Diffusion, mu: float = MU, s: float = S):
+    """E[eps | x_t] for x_0 ~ N(μ, s²): x_t has the variance α̅ s² + 1 - α̅, and the covariance √(1 - α̅) with eps."""
+
+    def eps(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = diffusion.alpha_bar[t][:, None, None, None]
+        eps = (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + 1 - alpha_bar)
+        return eps.float()
+
+    return eps
+
+
+def law(sampler, diffusion: Diffusion, steps: int, model=None, scale: float = 1.0) -> Law:
+    """The law of the sampler's images, read off its responses; `scale` multiplies each fresh noise.
+
+    Pixel 0 gets no noise at all and answers m; pixel 1 only x_T = 1; pixel 2 + k only the k-th fresh noise.
+    """
+    inputs = iter(torch.eye(steps + 2)[1:])
+    draw = lambda: scale * next(inputs).view(1, 1, 1, -1)  # noqa: E731
+    x_T = next(inputs).view(1, 1, 1, -1)
+    answer = last(sampler(model or best_predictor(diffusion), diffusion, x_T, draw, steps)).double().flatten()
+    return answer[0].item(), (answer - answer[0]).norm().item()
+
+
+def exact_law(diffusion: Diffusion, steps: int, eta: float) -> Law:
+    """The same by theory: mean and variance carried through the grid in Python's floats."""
+    alpha_bars = [*diffusion.alpha_bar.tolist(), 1.0]  # index -1 is the clean image
+    mean, variance = 0.0, 1.0
+    for t, s in time_grid(diffusion, steps):
+        a, b = alpha_bars[t], alpha_bars[s]
+        gain = math.sqrt(a) * S**2 / (a * S**2 + 1 - a)  # E[x_0 | x_t] = μ + gain (x_t - √α̅ μ)
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)  # Song et al. 2021, eq. 16
+        to_eps = math.sqrt(1 - b - sigma2) / math.sqrt(1 - a)
+        of_x_t = math.sqrt(b) * gain + to_eps * (1 - math.sqrt(a) * gain)  # eq. 12, as an affine map of x_t
+        constant = (math.sqrt(b) - to_eps * math.sqrt(a)) * (1 - math.sqrt(a) * gain) * MU
+        mean, variance = constant + of_x_t * mean, of_x_t**2 * variance + sigma2
+    return mean, math.sqrt(variance)
+
+
+def recovers_the_data(found: Law) -> bool:
+    """Is it N(μ, s²), but for the 3% of s that 1000 steps instead of infinitely many may cost?"""
+    return abs(found[0] - MU) < 0.001 and abs(found[1] / S - 1) < 0.03
+
+
+# ---- on Gaussian data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 400])
+def test_samplers_follow_their_exact_law(schedule, variant, steps):
+    diffusion = Diffusion(400, schedule)
+    sampler, eta = VARIANTS[variant]
+    assert law(sampler, diffusion, steps) == pytest.approx(exact_law(diffusion, steps, eta), rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samplers_with_all_steps_recover_the_data(schedule, variant):
+    assert recovers_the_data(law(VARIANTS[variant][0], Diffusion(1000, schedule), 1000))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_predictor_of_other_data_does_not_recover_it(variant):
+    diffusion = Diffusion(1000, "cosine")
+    mean, deviation = law(VARIANTS[variant][0], diffusion, 1000, best_predictor(diffusion, mu=MU + 0.05))
+    assert not recovers_the_data((mean, deviation))
+    assert mean == pytest.approx(MU + 0.05, abs=0.001)  # instead it gives what its predictor has learned
+    _, deviation = law(VARIANTS[variant][0], diffusion, 1000, best_predictor(diffusion, s=2 * S))
+    assert deviation == pytest.approx(2 * S, rel=0.03)
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ddim, eta 0.5", "ddim, eta 1"])
+def test_doubled_variance_of_the_noise_does_not_recover_the_data(variant):
+    assert not recovers_the_data(law(VARIANTS[variant][0], Diffusion(1000, "cosine"), 1000, scale=math.sqrt(2)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_error_halves_when_the_steps_double(schedule, variant):
+    """The discretisation of a stochastic or an ordinary differential equation by such steps is of first order."""
+    coarse, fine = (S - law(VARIANTS[variant][0], Diffusion(t, schedule), t)[1] for t in (400, 800))
+    assert 0.45 < fine / coarse < 0.6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("variant", "steps"), [("ddpm", 1000), ("ddim", 50), ("ddim", 1000), ("ddim, eta 0.5", 50)])
+def test_samples_have_the_exact_law(schedule, variant, steps):
+    """The same by Monte Carlo, with real noise and clipping in force; bounds are 4.5 standard errors."""
+    diffusion, n = Diffusion(1000, schedule), 4 * 64 * 64
+    sampler, eta = VARIANTS[variant]
+    mean, deviation = exact_law(diffusion, steps, eta)
+    x_T, draw = noise(4, 1, 64, 64), stream(4, 1, 64, 64)
+    x = last(sampler(best_predictor(diffusion), diffusion, x_T, draw, steps)).double()
+    assert abs(x.mean().item() - mean) < 4.5 * deviation / math.sqrt(n)
+    assert abs(x.std().item() - deviation) < 4.5 * deviation / math.sqrt(2 * n)
+
+
+# ---- against each other and against diffusers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("time_steps", "steps"), [(1000, 1000), (1000, 50), (1000, 10), (1000, 3), (40, 40)])
+def test_ddim_with_eta_1_is_ddpm(schedule, time_steps, steps):
+    """Given the same noises, every x_t on the way is the same, also where clipping moves x_0."""
+    diffusion, x_T = Diffusion(time_steps, schedule), noise(2, 1, 8, 8)
+    ancestral = ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), steps)
+    implicit = ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), steps, eta=1.0)
+    for ours, theirs in zip(ancestral, implicit, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_with_another_eta_is_not_ddpm(schedule):
+    diffusion, x_T = Diffusion(1000, schedule), noise(2, 1, 8, 8)
+    ancestral = last(ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), 50))
+    for eta in (0.0, 0.5, 0.9):
+        implicit = last(ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), 50, eta=eta))
+        assert (ancestral - implicit).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_with_eta_1_is_finite_on_every_grid(schedule):
+    """1 - α̅_s - σ² is nearly 0 where a jump starts from pure noise: rounded below 0, its root would be NaN."""
+    grids = [(time_steps, steps) for time_steps in range(1, 19) for steps in range(1, time_steps + 1)]
+    for time_steps, steps in grids + [(1000, steps) for steps in range(1, 13)]:
+        diffusion = Diffusion(time_steps, schedule)
+        x = last(ddim(wild, diffusion, noise(1, 1, 2, 2), stream(1, 1, 2, 2), steps, eta=1.0))
+        assert x.isfinite().all(), f"NaN with {steps} of {time_steps} timesteps"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40)])
+def test_ddpm_equals_diffusers(schedule, time_steps, steps):
+    diffusion, x_t = Diffusion(time_steps, schedule), noise(2, 1, 8, 8)
+    ours = ddpm(wild, diffusion, x_t, stream(2, 1, 8, 8), steps)
+    theirs = DDPMScheduler(
+        num_train_timesteps=time_steps, trained_betas=diffusion.betas.numpy(), variance_type="fixed_small"
+    )
+    theirs.set_timesteps(timesteps=[t for t, _ in time_grid(diffusion, steps)])
+    generator = torch.Generator().manual_seed(1)
+    for t, x in zip(theirs.timesteps.tolist(), ours, strict=True):
+        x_t = theirs.step(wild(x_t, torch.tensor([t])), t, x_t, generator=generator).prev_sample
+        torch.testing.assert_close(x, x_t, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40)])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_equals_diffusers(schedule, time_steps, steps, eta):
+    diffusion, x_t, clipped = Diffusion(time_steps, schedule), noise(2, 1, 8, 8), []
+    ours = ddim(wild, diffusion, x_t, stream(2, 1, 8, 8), steps, eta=eta)
+    theirs = DDIMScheduler(num_train_timesteps=time_steps, trained_betas=diffusion.betas.numpy())
+    theirs.set_timesteps(1)
+    draw = stream(2, 1, 8, 8)
+    for (t, s), x in zip(time_grid(diffusion, steps), ours, strict=True):
+        theirs.register_to_config(num_train_timesteps=t - s)  # all that it is read for now is the jump's length
+        step = theirs.step(
+            wild(x_t, torch.tensor([t])), t, x_t, eta, use_clipped_model_output=True, variance_noise=draw()
+        )
+        x_t = step.prev_sample
+        clipped.append((step.pred_original_sample.abs() == 1).float().mean().item())
+        torch.testing.assert_close(x, x_t, rtol=0, atol=2e-4)
+    assert 0.1 < sum(clipped) / steps < 0.9  # the test saw both sides of the clipping
+
+
+# ---- what every sampler promises -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_every_sampler_yields_each_step_and_ends_on_an_image(name, steps):
+    x_T = noise(2, 1, 4, 4)
+    before = x_T.clone()
+    states = list(SAMPLERS[name](wild, Diffusion(20, "cosine"), x_T, stream(2, 1, 4, 4), steps))
+    assert len(states) == steps
+    assert all(x.shape == x_T.shape and x.dtype == torch.float32 for x in states)
+    assert states[-1].abs().max() <= 1
+    assert torch.equal(x_T, before)  # nobody's noise is overwritten
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_evaluates_the_model_once_a_step_at_the_grids_times(name):
+    diffusion, times = Diffusion(100, "linear"), []
+    model = lambda x_t, t: times.append(t) or wild(x_t, t)  # noqa: E731
+    last(SAMPLERS[name](model, diffusion, noise(3, 1, 4, 4), stream(3, 1, 4, 4), 9))
+    assert [t.tolist() for t in times] == [[t] * 3 for t, _ in time_grid(diffusion, 9)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_gives_image_i_alone_as_among_others(name):
+    sample = partial(SAMPLERS[name], wild, Diffusion(50, "cosine"), steps=20)
+    together, alone = ImageNoise(3, range(4), (1, 8, 8)), ImageNoise(3, [2], (1, 8, 8))
+    batch, image = last(sample(together(), together)), last(sample(alone(), alone))
+    torch.testing.assert_close(batch[2:3], image, rtol=0, atol=1e-5)
+    assert (batch[1] - image[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_needs_no_gradients_and_leaves_the_caller_his(name):
+    weight = torch.ones(1, requires_grad=True)
+    model = lambda x_t, t: weight * wild(x_t, t)  # noqa: E731
+    for x_t in SAMPLERS[name](model, Diffusion(5, "linear"), noise(1, 1, 4, 4), stream(1, 1, 4, 4), 5):
+        assert not x_t.requires_grad
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [-1, 0, 21])
+def test_steps_out_of_range_are_refused(name, steps):
+    diffusion = Diffusion(20, "cosine")
+    with pytest.raises(ValueError, match=f"steps is {steps}: choose 1 to 20"):
+        time_grid(diffusion, steps)
+    with pytest.raises(ValueError, match="steps"):
+        last(SAMPLERS[name](wild, diffusion, noise(1, 1, 4, 4), never, steps))
+
+
+def test_ddim_with_eta_0_draws_no_noise():
+    diffusion, x_T = Diffusion(100, "cosine"), noise(2, 1, 4, 4)
+    x = last(ddim(wild, diffusion, x_T, never, 20))
+    assert torch.equal(x, last(ddim(wild, diffusion, x_T, never, 20, eta=0.0)))
+    with pytest.raises(AssertionError):  # negative control
+        last(ddim(wild, diffusion, x_T, never, 20, eta=0.1))
+
+
+@pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=0.3)])
+def test_noise_is_drawn_after_every_step_but_the_last(sampler):
+    drawn = []
+    draw = lambda: drawn.append(1) or torch.zeros(1, 1, 4, 4)  # noqa: E731
+    last(sampler(wild, Diffusion(100, "cosine"), noise(1, 1, 4, 4), draw, 20))
+    assert len(drawn) == 19
+
+
+# ---- the grid of timesteps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time_steps", [1, 2, 7, 100, 1000])
+def test_time_grid_goes_from_noise_to_the_clean_image(time_steps):
+    diffusion = Diffusion(time_steps, "cosine")
+    for steps in range(1, time_steps + 1):
+        grid = time_grid(diffusion, steps)
+        assert len(grid) == steps
+        assert grid[0][0] < time_steps
+        assert grid[-1][1] == -1
+        assert all(t > s for t, s in grid)
+        assert all(before[1] == after[0] for before, after in zip(grid, grid[1:], strict=False))
+        assert max(t - s for t, s in grid) <= 2 * math.ceil(time_steps / steps)  # nothing is skipped
+
+
+@pytest.mark.parametrize("time_steps", [1, 7, 1000])
+def test_time_grid_of_all_steps_is_every_timestep(time_steps):
+    assert time_grid(Diffusion(time_steps, "cosine"), time_steps) == [(t, t - 1) for t in reversed(range(time_steps))]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_time_grid_starts_where_noise_alone_is_a_fair_start(schedule):
+    diffusion = Diffusion(1000, schedule)
+    for steps in range(1, 1001):
+        start, _ = time_grid(diffusion, steps)[0]
+        assert diffusion.alpha_bar[start] < 0.02  # of the variance of x_T = noise, at most this is amiss
+
+
+# ---- noise by the image ----------------------------------------------------------------------------------
+
+
+def test_image_noise_of_an_index_depends_on_no_other():
+    whole = ImageNoise(7, range(6), (1, 8, 8))
+    some = ImageNoise(7, [4, 1], (1, 8, 8))
+    for _ in range(3):  # and so on along the stream
+        a, b = whole(), some()
+        assert torch.equal(b, a[[4, 1]])
+
+
+def test_image_noise_differs_between_seeds_indices_and_draws():
+    """Also where seed and index change places, or have the same sum: no two pairs share a stream."""
+    drawn = []
+    for seed in range(5):
+        draw = ImageNoise(seed, range(5), (1, 4, 4))
+        drawn += [*draw(), *draw()]
+    pixels = torch.stack(drawn).flatten(1)
+    assert len(pixels.unique(dim=0)) == 50
+    correlation = pixels.double().corrcoef()
+    # 1225 pairs of 16 pixels: of independent ones, the squared correlations are 1/15 on average, ± 0.0025 (1 SE)
+    squares = correlation[torch.triu_indices(50, 50, offset=1).unbind()].square()
+    assert abs(squares.mean().item() - 1 / 15) < 4.5 * 0.0025
+
+
+def test_image_noise_is_standard_normal():
+    z = ImageNoise(0, range(100), (1, 32, 32))().double().flatten()
+    n = len(z)
+    moments = {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}  # k: E[z^k] and Var[z^k] = E[z^2k] - E[z^k]²
+    for k, (mean, variance) in moments.items():
+        assert abs(z.pow(k).mean().item() - mean) < 4.5 * math.sqrt(variance / n)
+
+
+def test_image_noise_neither_reads_nor_moves_the_global_random_state():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    draw = ImageNoise(0, range(2), (1, 4, 4))
+    first = draw()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(ImageNoise(0, range(2), (1, 4, 4))(), first)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_does_not_move_the_global_random_state(name):
+    before = torch.get_rng_state()
+    draw = ImageNoise(0, range(2), (1, 4, 4))
+    last(SAMPLERS[name](wild, Diffusion(20, "cosine"), draw(), draw, 20))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- interpolation of noises -----------------------------------------------------------------------------
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    cosine = (a.double() * b.double()).sum() / (a.double().norm() * b.double().norm())
+    return math.acos(cosine.clamp(-1, 1).item())
+
+
+@pytest.fixture
+def ends() -> Tensor:
+    """Two noises on the sphere of radius √(pixels), near to which all Gaussian noise of that size lies."""
+    z = noise(2, 1, 32, 32)
+    return z / z.flatten(1).norm(dim=1).view(2, 1, 1, 1) * 32
+
+
+@pytest.mark.parametrize("frames", [2, 3, 10])
+def test_slerp_starts_and_ends_exactly_on_its_ends(ends, frames):
+    path = slerp(*ends, torch.linspace(0, 1, frames))
+    assert path.shape == (frames, 1, 32, 32)
+    torch.testing.assert_close(path[[0, -1]], ends, rtol=1e-6, atol=1e-6)
+
+
+def test_slerp_stays_on_the_sphere(ends):
+    norms = slerp(*ends, torch.linspace(0, 1, 21)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((21,), 32.0), rtol=1e-5, atol=0)
+
+
+def test_linear_mixing_would_leave_the_sphere(ends):
+    """Negative control: two noises are nearly at right angles, and the middle of their chord is at cos 45° = 0.71.
+
+    The cosine of 1024 pixels' noises is N(0, 1/1024), so the norm is 0.707 ± 0.011 (1 SE).
+    """
+    assert abs(ends.mean(dim=0).norm().item() / 32 - math.sqrt(0.5)) < 4.5 * 0.011
+
+
+def test_slerp_divides_the_angle_evenly(ends):
+    path = slerp(*ends, torch.linspace(0, 1, 11))
+    whole = angle(*ends)
+    for k in range(11):
+        assert angle(path[0], path[k]) == pytest.approx(k / 10 * whole, abs=1e-3)
+        assert angle(path[k], path[-1]) == pytest.approx((1 - k / 10) * whole, abs=1e-3)
+
+
+def test_slerp_stays_in_the_plane_of_its_ends(ends):
+    """What is new between them is a mix of the two and nothing else: its part outside their plane is 0."""
+    path = slerp(*ends, torch.linspace(0, 1, 5)).flatten(1).double()
+    basis, _ = torch.linalg.qr(ends.flatten(1).double().T)  # (pixels, 2), orthonormal
+    torch.testing.assert_close(path @ basis @ basis.T, path, rtol=0, atol=1e-5)
