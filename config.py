@@ -34,6 +34,7 @@ TIME_STEPS = 1000  # noise levels
 SCHEDULE_TYPE = "cosine"  # noise schedule: linear or cosine
 BETA_START = 1e-4  # first beta of the linear schedule
 BETA_END = 0.02  # last beta of the linear schedule
+PREDICTION = "v"  # what the network predicts: noise, or v, a mixture of noise and image that stays exact at high noise
 
 # Sampling
 NUM_SAMPLES = 64  # images to generate
@@ -74,6 +75,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SCHEDULE_TYPE": (lambda v: v in ("linear", "cosine"), "linear or cosine"),
     "BETA_START": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "BETA_END": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "PREDICTION": (lambda v: v in ("noise", "v"), "noise or v"),
     "NUM_SAMPLES": POSITIVE,
     "SAMPLER": (lambda v: v in ("ddpm", "ddim"), "ddpm or ddim"),
     "STEPS": (lambda v: v >= 0, "at least 1 (or 0 for the sampler's own default)"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,)) → the predicted noise (B,C,H,W)
+Network = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,)) → its prediction of noise or v (B,C,H,W)
 
 
 def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -39,6 +39,7 @@ class Diffusion:
         time_steps: T, the number of noise levels.
         schedule: "linear" or "cosine".
         beta_start, beta_end: the ends of the linear schedule; the cosine schedule has none.
+        prediction: what the network predicts, "noise" (Ho et al.) or "v" (Salimans & Ho 2022); see `target`.
         device: where x_t will live.
 
     Attributes:
@@ -52,6 +53,7 @@ class Diffusion:
         schedule: str,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
+        prediction: str = "noise",
         device: torch.device | str = "cpu",
     ) -> None:
         if schedule == "linear":
@@ -60,7 +62,9 @@ class Diffusion:
             betas = cosine_betas(time_steps)
         else:
             raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
-        self.time_steps = time_steps
+        if prediction not in ("noise", "v"):
+            raise ValueError(f"unknown prediction {prediction!r}: choose noise or v")
+        self.time_steps, self.prediction = time_steps, prediction
         self.betas = betas.to(device)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
 
@@ -74,10 +78,23 @@ class Diffusion:
         signal, noise = self.signal_and_noise(t)
         return signal * x0 + noise * eps
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_0 from which noise `eps` leads to x_t: eq. 4 solved for x_0, clipped to the data's range [-1, 1]."""
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is to predict from x_t: the noise, or v = √α̅_t eps - √(1 - α̅_t) x_0.
+
+        Either, with x_t, fixes the other. But to get x_0 from the noise one divides by √α̅_t, which on the cosine
+        schedule ends at 5e-5: there any error of the network becomes a saturated pixel. From v one never divides
+        (Salimans & Ho 2022, appendix D).
+        """
+        if self.prediction == "noise":
+            return eps
         signal, noise = self.signal_and_noise(t)
-        return ((x_t - noise * eps) / signal).clamp(-1, 1)
+        return signal * eps - noise * x0
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The x_0 that the network's output for x_t stands for, clipped to the data's range [-1, 1]."""
+        signal, noise = self.signal_and_noise(t)
+        x0 = (x_t - noise * output) / signal if self.prediction == "noise" else signal * x_t - noise * output
+        return x0.clamp(-1, 1)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """The noise that leads from x_0 to x_t: eq. 4 solved for eps."""
@@ -101,9 +118,9 @@ class Diffusion:
         of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         return _per_image(of_x0) * x0 + _per_image(of_x_t) * x_t
 
-    def loss(self, model: EpsModel, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """L_simple, the mean squared error of the predicted noise (Ho et al., eq. 14), a scalar."""
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+    def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The mean squared error of the prediction, a scalar; of the noise, it is L_simple (Ho et al., eq. 14)."""
+        return F.mse_loss(network(self.q_sample(x0, t, eps), t), self.target(x0, t, eps))
 
     def _alpha_bar_or_one(self, t: Tensor) -> Tensor:
         """α̅_t, (B,) float64; 1 where t = -1, before the first noise."""

@@ -112,7 +112,7 @@ class Extractor(nn.Module):
 class _Network(fidelity.FeatureExtractorInceptionV3):
     """torch-fidelity's network without weights.
 
-    Its constructor unpickles a file, unchecked. An empty one satisfies it; the weights follow once checked.
+    Its constructor unpickles a file, unchecked: it gets an empty one. The weights follow once checked.
     """
 
     def __init__(self) -> None:
@@ -121,8 +121,8 @@ class _Network(fidelity.FeatureExtractorInceptionV3):
         with torch.device("meta"):  # shapes only: draws no initial weights from the global generator
             super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], nothing)
 
-    def load_state_dict(self, state_dict: dict, *args, **kwargs):
-        return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+    def load_state_dict(self, *_args, **_kwargs) -> None:
+        """Called by the constructor, where there is nothing to load."""
 
 
 def _load(path: Path) -> tuple[_Network, str]:
@@ -138,7 +138,7 @@ def _load(path: Path) -> tuple[_Network, str]:
             raise ValueError("wrong checksum")  # torch.load would not notice
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code
         network = _Network()
-        network.load_state_dict(state, assign=True)
+        nn.Module.load_state_dict(network, state, assign=True)
         if not all(tensor.isfinite().all() for name, tensor in state.items() if not name.startswith("fc.")):
             raise ValueError("infinite weights")
     except Exception as error:  # a damaged pickle can raise almost anything

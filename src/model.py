@@ -99,7 +99,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t): the noise in x_t (Ho et al. 2020, eq. 11).
+    """The network of Ho et al. 2020, eq. 11: from x_t and t, a prediction of the noise in x_t (or of v).
 
     Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
     self-attention at the lowest resolution; up again, each level reading beside its input what the level of its
@@ -136,11 +136,11 @@ class UNet(nn.Module):
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, dim)
         self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of the noise
+        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of what is to be predicted
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Images x_t (B,C,H,W) and their timesteps t (B,), from 0 to T - 1 → the predicted noise (B,C,H,W)."""
+        """Images x_t (B,C,H,W) and their timesteps t (B,), from 0 to T - 1 → the prediction (B,C,H,W)."""
         emb = self.time(t)  # (B, D)
         h = self.conv_in(x_t)  # (B, dim, H, W)
 

@@ -28,6 +28,7 @@ def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diff
         settings["schedule_type"],
         settings["beta_start"],
         settings["beta_end"],
+        settings["prediction"],
         device,
     )
     return unet.to(device, memory_format=torch.channels_last), diffusion

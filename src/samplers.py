@@ -1,6 +1,6 @@
 """Reverse processes: from noise x_T to an image x_0, each a generator that yields every x_t on its way.
 
-A sampler takes the noise predictor, the diffusion, the start x_T (B,C,H,W), `draw()` for fresh noise of that
+A sampler takes the network, the diffusion, the start x_T (B,C,H,W), `draw()` for fresh noise of that
 shape, and the number of steps. The last tensor that it yields is the image, in [-1, 1].
 """
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from src.diffusion import Diffusion, EpsModel  # a reverse process is made of the forward process's formulae
+from src.diffusion import Diffusion, Network  # a reverse process is made of the forward process's formulae
 
 Draw = Callable[[], Tensor]  # () → fresh N(0, I) noise shaped like x_T
 
@@ -24,14 +24,14 @@ def time_grid(diffusion: Diffusion, steps: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def ddpm(model: EpsModel, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior's variance, σ_t² = β̃_t.
 
     With fewer steps than the diffusion has, it samples the posteriors of the coarser grid.
     """
     x_t = x_T
     for t, s in _batched(time_grid(diffusion, steps), x_T):
-        x0 = diffusion.predict_x0(x_t, t, model(x_t, t))
+        x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
         x_t = diffusion.posterior_mean(x0, x_t, t, s)
         if s[0] >= 0:  # no noise after the last step, whose variance is 0
             x_t = x_t + diffusion.posterior_variance(t, s).sqrt() * draw()
@@ -40,13 +40,13 @@ def ddpm(model: EpsModel, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: 
 
 @torch.inference_mode()
 def ddim(
-    model: EpsModel, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int, eta: float = 0.0
+    network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """DDIM (Song et al. 2021, eqs. 12 and 16): eta = 0 is deterministic, eta = 1 is DDPM on the same grid."""
     x_t = x_T
     for t, s in _batched(time_grid(diffusion, steps), x_T):
-        x0 = diffusion.predict_x0(x_t, t, model(x_t, t))
-        eps = diffusion.predict_eps(x_t, t, x0)  # not the model's own: clipping moved x0, and eps must follow
+        x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
+        eps = diffusion.predict_eps(x_t, t, x0)  # not the network's own: clipping moved x0, and eps must follow
         sigma = eta * diffusion.posterior_variance(t, s).sqrt()  # eq. 16
         signal, noise = diffusion.signal_and_noise(s)
         x_t = signal * x0 + (noise**2 - sigma**2).sqrt() * eps  # eq. 12

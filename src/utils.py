@@ -150,7 +150,7 @@ def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path)
     marker = "o" if len(train) < 30 else None
     axes.plot(epochs, train, marker=marker, label="training: weights as they were, mean over the epoch")
     axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights, held-out images")
-    axes.set(xlabel="epoch", ylabel="mean squared error of the noise", yscale="log")
+    axes.set(xlabel="epoch", ylabel="mean squared error of the prediction", yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)

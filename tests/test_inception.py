@@ -134,11 +134,15 @@ def test_damaged_file_is_refused(random_weights, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["another network", "no dictionary", "infinite weight", "wrong hash in name"])
+@pytest.mark.parametrize(
+    "kind", ["another network", "no weights", "no dictionary", "infinite weight", "wrong hash in name"]
+)
 def test_file_of_something_else_is_refused(random_state, tmp_path, kind):
     path = tmp_path / "weights.pth"
     if kind == "another network":
         torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif kind == "no weights":
+        torch.save({}, path)
     elif kind == "no dictionary":
         torch.save(torch.zeros(3), path)
     elif kind == "infinite weight":
@@ -223,7 +227,7 @@ def test_silent_host_costs_seconds(tmp_path, monkeypatch):
 
 
 def test_hash_is_read_from_the_name_of_the_file():
-    assert inception.URL_SHA256 == "6725825d"
+    assert inception.URL_SHA256 == "6726825d"
 
 
 def test_download_with_another_hash_is_not_kept(tmp_path, monkeypatch):

@@ -1,0 +1,255 @@
+"""`src/checkpoint.py`: what comes back is what was written, and anything else is refused in one line."""
+
+import errno
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, differences
+
+from src import checkpoint
+from src.errors import UserError
+
+STATE = {
+    "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0},
+    "model": {"weight": torch.arange(600.0).view(20, 30), "bias": torch.tensor([float("nan"), float("-inf")])[1:]},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
+    "rng": {"cpu": torch.get_rng_state(), "cuda": []},
+    "history": {"train": [0.5, 0.25], "val": []},
+    "best": float("inf"),
+    "step": 7,
+}
+HEADER = {"program": checkpoint.PROGRAM, "format": checkpoint.FORMAT}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A checkpoint of STATE."""
+    checkpoint.save(tmp_path / "latest.pth", STATE)
+    return tmp_path / "latest.pth"
+
+
+def refusal(path: Path) -> str:
+    """The message with which a file is refused: one line that names it."""
+    with pytest.raises(UserError) as refused:
+        checkpoint.load(path)
+    message = str(refused.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_comes_back_to_the_last_bit(path):
+    assert not differences(checkpoint.load(path), {**HEADER, **STATE})
+
+
+def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
+    leftover = path.with_name("latest.pth.tmp")
+    leftover.write_bytes(b"half a file")
+    assert checkpoint.load(path)["step"] == 7
+    checkpoint.save(path, {"step": 8})
+    assert checkpoint.load(path)["step"] == 8
+    assert os.listdir(path.parent) == ["latest.pth"]
+
+
+def test_a_missing_file_is_named_and_so_is_the_remedy(tmp_path):
+    assert "train.py" in refusal(tmp_path / "absent.pth")
+
+
+def test_a_directory_is_no_checkpoint(tmp_path):
+    refusal(tmp_path)
+
+
+class Payload:
+    """Unpickled, it creates a file: what a malicious checkpoint would do with more ambition."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "torch.save of long ago", "pickle"])
+def test_code_in_a_file_is_never_run(how, tmp_path):
+    path, marker = tmp_path / "evil.pth", tmp_path / "ran"
+    state = {**HEADER, "model": Payload(marker)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=how == "torch.save")
+    refusal(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
+    assert marker.exists(), "the payload was harmless, so the test proved nothing"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK", b"# a text file\n" * 100, b"PK\x03\x04" + bytes(5000)],
+    ids=["empty", "two bytes", "text", "a zip's beginning"],
+)
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    path = tmp_path / "latest.pth"
+    path.write_bytes(content)
+    refusal(path)
+
+
+@pytest.mark.parametrize(
+    "state", [{"state_dict": {"w": torch.ones(3)}}, torch.ones(3), [1, 2]], ids=["dict", "tensor", "list"]
+)
+def test_another_program_s_checkpoint_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "theirs.pth")
+    assert "another program" in refusal(tmp_path / "theirs.pth")
+
+
+def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.pth", "w") as archive:
+        archive.writestr("photo.txt", "a house")
+    refusal(tmp_path / "photos.pth")
+
+
+def test_a_newer_format_is_refused_with_both_numbers(tmp_path):
+    newer = checkpoint.FORMAT + 1
+    torch.save({**HEADER, "format": newer}, tmp_path / "future.pth")
+    message = refusal(tmp_path / "future.pth")
+    assert str(newer) in message and str(checkpoint.FORMAT) in message and "update" in message
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_a_truncated_file_is_refused(share, path):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refusal(path)
+
+
+def test_a_damaged_byte_is_refused_or_does_no_harm(path):
+    """Every 41st byte inverted, so headers, pickle, tensors, padding and directory are all hit."""
+    content, refused = path.read_bytes(), 0
+    for offset in range(0, len(content), 41):
+        damaged = bytearray(content)
+        damaged[offset] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            assert not differences(checkpoint.load(path), {**HEADER, **STATE}), f"byte {offset} changed what is read"
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+    assert refused > len(content) / 41 / 2  # most of the file is content, not padding
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_any_record_s_data_is_refused(bit, path):
+    content = path.read_bytes()
+    for record in records(path):
+        damaged = bytearray(content)
+        damaged[content.index(record) + len(record) // 2] ^= 1 << bit
+        path.write_bytes(damaged)
+        refusal(path)
+
+
+def records(path: Path) -> list[bytes]:
+    """The contents of the zip's entries, which PyTorch leaves uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        return [data for name in archive.namelist() if len(data := archive.read(name)) > 1]
+
+
+def test_a_flipped_bit_in_the_table_of_contents_is_refused_or_does_no_harm(path):
+    """One bit there makes a tensor a folder, for which PyTorch hands out memory that it never filled."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    for offset in range(start, len(content)):
+        damaged = bytearray(content)
+        damaged[offset] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            changed = differences(checkpoint.load(path), {**HEADER, **STATE})
+        except UserError:
+            continue
+        assert not changed, f"byte {offset - start} of the table of contents"
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def test_a_save_reaches_the_disk_before_the_old_file_is_replaced(tmp_path, monkeypatch):
+    """Bytes, then name, then directory: any other order can lose both files in a power cut."""
+    path, calls = tmp_path / "best.pth", []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            calls.append("fsync directory")
+        else:
+            temporary = path.with_name("best.pth.tmp")
+            assert not differences(checkpoint.load(temporary), {**HEADER, **STATE}), "not all was written before"
+            calls.append("fsync file")
+        fsync(descriptor)
+
+    def spy_replace(source: Path, target: Path) -> None:
+        assert Path(source).parent == Path(target).parent == tmp_path  # only within one file system is it atomic
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    checkpoint.save(path, STATE)
+    assert calls == ["fsync file", "rename", "fsync directory"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file_whole_and_nothing_else(call, path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match=r"latest\.pth.*No space left"):
+        checkpoint.save(path, {"step": 8})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["step"] == 7
+    assert os.listdir(path.parent) == ["latest.pth"]
+
+
+def test_a_save_that_the_user_interrupts_leaves_the_old_file_whole_and_nothing_else(path, monkeypatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"step": 8})
+    assert checkpoint.load(path)["step"] == 7
+    assert os.listdir(path.parent) == ["latest.pth"]
+
+
+def test_a_full_disk_costs_one_line_and_never_the_old_file(path):
+    """A limit on the size of files stands in for the disk; the message gives the reason, not PyTorch's innards."""
+    code = (
+        "import sys, torch, resource; from pathlib import Path; from src import checkpoint, errors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "state = {'weights': torch.zeros(1_000_000)}\n"
+        "errors.run(lambda: checkpoint.save(Path('latest.pth'), state), 'train.py')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=path.parent, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("train.py: error: cannot write latest.pth") and done.stderr.count("\n") == 1
+    assert checkpoint.load(path)["step"] == 7
+    assert os.listdir(path.parent) == ["latest.pth"]
+    assert os.strerror(errno.EFBIG) in done.stderr
+
+
+def test_a_place_that_is_no_directory_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        checkpoint.save(tmp_path / "file" / "latest.pth", STATE)

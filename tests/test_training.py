@@ -1,0 +1,493 @@
+"""The training loop on 60 images, in this process: averages, saves, stops and resumes, logs, refusals."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import train
+from src import checkpoint, errors, utils
+from src.ema import EMA
+from src.interrupt import StopSignals
+
+STEPS = 4  # an epoch of `quick`: 40 images in batches of 10
+CHECKS = STEPS + 2 + 3  # how often an epoch asks whether to stop: steps, validation batches, sampling steps
+
+
+@pytest.fixture
+def failing(quick, capsys) -> Callable[..., str]:
+    """`failing(name, *flags)` is `quick` where it must exit with status 1 and one line on stderr: that line."""
+
+    def run(name: str, *flags: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            errors.run(lambda: quick(name, *flags), "train.py")
+        error = capsys.readouterr().err
+        assert stop.value.code == 1
+        assert error.startswith("train.py: error: ") and error.count("\n") == 1
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def memory() -> dict[tuple[object, ...], dict[str, Any]]:
+    return {}
+
+
+@pytest.fixture
+def once(memory, quick, saved) -> Callable[..., dict[str, Any]]:
+    """`once(*flags)`: the checkpoints of an undisturbed `quick`, by file name, trained once for all tests here."""
+
+    def run(*flags: object) -> dict[str, Any]:
+        if flags not in memory:
+            assert quick("once", "--fresh", "--overwrite", *flags) == 0
+            memory[flags] = {name: saved("once", name) for name in ("best.pth", "latest.pth", "final.pth")}
+        return memory[flags]
+
+    return run
+
+
+# ---- the average of the weights ----------------------------------------------------------------------------
+
+
+def test_the_average_follows_its_recurrence_at_every_step(quick, saved, monkeypatch):
+    """Replayed from the weights after each optimiser step; an update an epoch would be far off."""
+    expected: list[Tensor] = []
+    adam_step, ema_init = torch.optim.Adam.step, EMA.__init__
+
+    def spy_init(self: EMA, model: torch.nn.Module, decay: float) -> None:
+        expected.extend(p.detach().double().clone() for p in model.parameters())
+        ema_init(self, model, decay)
+
+    def spy_step(self: torch.optim.Adam, *args: Any, **kwargs: Any) -> None:
+        adam_step(self, *args, **kwargs)
+        for average, p in zip(expected, self.param_groups[0]["params"], strict=True):
+            average.mul_(0.9).add_(p.detach().double(), alpha=0.1)
+
+    monkeypatch.setattr(EMA, "__init__", spy_init)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    quick("run", "--epochs", 2)
+    state = saved("run")
+    for (name, average), truth in zip(state["ema"].items(), expected, strict=True):
+        torch.testing.assert_close(average.double(), truth, rtol=1e-5, atol=1e-7, msg=name)
+    assert differences(state["ema"], state["model"])
+
+
+def test_images_reach_the_network_normalised_once(quick, monkeypatch):
+    seen = []
+    train_step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0: seen.append(x0) or train_step(self, x0))
+    quick("run", "--epochs", 1)
+    images = torch.cat(seen)
+    assert (len(images), images.dtype) == (STEPS * 10, torch.float32)
+    assert (images.min().item(), images.max().item()) == (-1, 1)
+    assert (images == -1).float().mean() > 0.3  # the background of clothes is black, not grey
+
+
+# ---- what is saved, and when -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def validation(monkeypatch) -> Callable[..., None]:
+    """`validation(*losses)`: what the coming epochs' validation shall find."""
+
+    def plan(*losses: float) -> None:
+        left = list(losses)
+        monkeypatch.setattr(train.Trainer, "validate", lambda self, signals: left.pop(0))
+
+    return plan
+
+
+def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick, validation, monkeypatch):
+    written = []
+    save = checkpoint.save
+
+    def spy(path: Path, state: dict[str, Any]) -> None:
+        written.append((path.name, state["epoch"], state["best"]))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    validation(0.5, 0.4, 0.6, 0.3, 0.7)
+    quick("run", "--epochs", 5, "--save_every", 2)
+    assert written == [
+        ("best.pth", 1, 0.5),
+        ("best.pth", 2, 0.4),
+        ("latest.pth", 2, 0.4),
+        ("best.pth", 4, 0.3),
+        ("latest.pth", 4, 0.3),
+        ("latest.pth", 5, 0.3),  # the last epoch is saved even where it is no multiple of save_every
+        ("final.pth", 5, 0.3),
+    ]
+
+
+def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, validation):
+    validation(0.5)
+    quick("run", "--epochs", 1)
+    best = saved("run", "best.pth")
+    validation(0.9)
+    quick("run", "--epochs", 2)
+    assert not differences(saved("run", "best.pth"), best)
+    assert saved("run")["best"] == 0.5 and saved("run")["epoch"] == 2
+    validation(0.4)
+    quick("run", "--epochs", 3)
+    assert saved("run", "best.pth")["epoch"] == 3 and saved("run", "best.pth")["best"] == 0.4
+
+
+def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
+    quick("run", "--epochs", 2)
+    state = saved("run", "final.pth")
+    parts = "program format settings model ema optimizer rng epoch batch step loss_sum best history"
+    assert set(state) == set(parts.split())
+    assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
+    assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
+    assert state["best"] == min(state["history"]["val"])
+    assert not any(name.startswith("_orig_mod.") or "module." in name for name in state["model"])
+    assert not any("/" in str(value) for value in state["settings"].values()), "a path of this machine"
+
+
+def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, saved):
+    quick("run", "--epochs", 1)
+    good = saved("run")
+    assert "--learning_rate" in failing("run", "--epochs", 3, "--learning_rate", "1e30")
+    assert not differences(saved("run"), good)
+    assert all(w.isfinite().all() for w in saved("run", "best.pth")["ema"].values())
+
+
+# ---- stopping and resuming ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Callable[..., None]:
+    """`stop_at(*counts, number=SIGINT)`: a real signal comes just before those checks, counted over all runs."""
+
+    def plan(*counts: int, number: int = signal.SIGINT) -> None:
+        done = 0
+        check = StopSignals.check
+
+        def interrupted_check(self: StopSignals) -> None:
+            nonlocal done
+            done += 1
+            if done in counts:
+                os.kill(os.getpid(), number)
+            check(self)
+
+        monkeypatch.setattr(StopSignals, "check", interrupted_check)
+
+    return plan
+
+
+MOMENTS = {
+    "in the middle of the first epoch": (2,),
+    "after an epoch's last batch": (STEPS,),
+    "during validation": (STEPS + 1,),
+    "during sampling": (STEPS + 2 + 2,),
+    "after an epoch's last check": (CHECKS,),
+    "in the middle of a later epoch": (CHECKS + 1,),
+    "after the last batch of all": (CHECKS + STEPS,),
+    "at the very last check": (2 * CHECKS,),
+    "again and again": (1, 3, 5, 12),
+}
+
+
+@pytest.mark.parametrize("moments", MOMENTS.values(), ids=MOMENTS)
+def test_stopped_and_resumed_equals_uninterrupted_to_the_last_bit(moments, quick, saved, stop_at, once):
+    uninterrupted = once("--epochs", 2)
+    stop_at(*moments)
+    for _ in moments:
+        assert quick("run", "--epochs", 2) == 130
+        torch.manual_seed(99)  # whatever the process drew before must not matter
+    assert quick("run", "--epochs", 2) == 0
+    for name, state in uninterrupted.items():
+        assert not differences(saved("run", name), state), name
+
+
+def test_a_run_that_was_to_be_short_goes_on_as_one_that_was_to_be_long(quick, saved, once):
+    quick("run", "--epochs", 1)
+    quick("run", "--epochs", 2)
+    assert not differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
+
+
+FORGOTTEN = {
+    "nothing": lambda state: {},
+    "model": lambda state: {"model": state["ema"]},
+    "ema": lambda state: {"ema": state["model"]},
+    "optimizer": lambda state: {"optimizer": {**state["optimizer"], "state": {}}},
+    "rng": lambda state: {"rng": {"cpu": torch.Generator().manual_seed(0).get_state(), "cuda": []}},
+    "epoch": lambda state: {"epoch": 0},
+    "batch": lambda state: {"batch": 0},
+    "step": lambda state: {"step": 0},
+    "loss_sum": lambda state: {"loss_sum": torch.zeros_like(state["loss_sum"])},
+    "history": lambda state: {"history": {"train": [], "val": []}},
+}
+
+
+@pytest.mark.parametrize("part", FORGOTTEN)
+def test_a_resume_that_forgets_a_part_of_the_checkpoint_ends_elsewhere(part, quick, saved, stop_at, once, tmp_path):
+    """The negative control of the tests above (the best score has a test of its own)."""
+    stop_at(CHECKS + 2)
+    assert quick("run", "--epochs", 2) == 130
+    state = saved("run")
+    checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {**state, **FORGOTTEN[part](state)})
+    assert quick("run", "--epochs", 2) == 0
+    changed = differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
+    assert bool(changed) == (part != "nothing")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_gives_the_status_of_its_kind(number, status, quick, saved, stop_at):
+    stop_at(3, number=number)
+    assert quick("run", "--epochs", 2) == status
+    assert (saved("run")["step"], saved("run")["batch"], saved("run")["epoch"]) == (3, 3, 0)
+
+
+def test_a_stop_while_sampling_saves_the_raw_weights_and_no_picture(quick, saved, stop_at, tmp_path):
+    stop_at(STEPS, STEPS + CHECKS - 1)
+    assert quick("after the last batch", "--epochs", 1) == 130
+    assert quick("in sampling", "--epochs", 1) == 130
+    before, within = saved("after the last batch"), saved("in sampling")
+    assert not differences(before, within)
+    assert differences(within["model"], within["ema"])
+    assert not list((tmp_path / "in sampling" / "output").iterdir())
+
+
+def test_a_second_signal_quits_at_once_without_saving(quick, tmp_path, monkeypatch, capsys):
+    def impatient(self: train.Trainer, x0: Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    monkeypatch.setattr(train.Trainer, "train_step", impatient)
+    with pytest.raises(SystemExit) as stop:
+        errors.run(lambda: quick("run", "--epochs", 1), "train.py")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+    assert not (tmp_path / "run/checkpoint/latest.pth").exists()
+
+
+def test_signals_act_as_before_once_training_is_over(quick):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    quick("run", "--epochs", 1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_real_process_is_answered_in_one_line_with_what_to_do(number, data, tmp_path):
+    """Sent in the midst of a long run; the output is all that the user sees."""
+    short_epochs = ["--image_size", 28, "--val_size", 900, "--epochs", 9999]
+    command = [sys.executable, ROOT / "train.py", "--data_path", data, *SMALL, *NETWORK, *short_epochs]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(number)
+                break
+        output = process.stdout.read()
+        assert process.wait(timeout=60) == 128 + number
+    finally:
+        process.kill()
+    last = output.splitlines()[-1]
+    state = checkpoint.load(tmp_path / "checkpoints/latest.pth")
+    assert re.fullmatch(
+        rf"{number.name}: saved step {state['step']} in checkpoints/latest\.pth; .*same command.*", last
+    )
+    assert state["step"] == 2 * state["epoch"] + state["batch"] >= 2
+    assert not re.search(r"\b(done|completed?|finished)\b|Traceback|KeyboardInterrupt|\r", output, re.IGNORECASE)
+    assert not list(tmp_path.glob("outputs/samples_*.png")) and not (tmp_path / "checkpoints/final.pth").exists()
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+LINEAR = ["--schedule_type", "linear"]
+SHAPING = [
+    ("model", [], ["--learning_rate", "1e-2"]),
+    ("model", [], ["--grad_clip", "1e-3"]),
+    ("ema", [], ["--ema_decay", "0.5"]),
+    ("model", [], ["--seed", "1"]),
+    ("model", [], ["--batch_size", "20"]),
+    ("model", [], ["--val_size", "30"]),
+    ("model", [], ["--image_size", "32"]),
+    ("model", [], ["--precision", "bfloat16"]),
+    ("model", [], ["--unet_dim", "16"]),
+    ("model", [], ["--unet_dim_mults", "1", "1"]),
+    ("model", [], ["--time_steps", "40"]),
+    ("model", [], LINEAR),
+    ("model", LINEAR, ["--beta_start", "1e-3"]),
+    ("model", LINEAR, ["--beta_end", "0.01"]),
+]
+
+
+@pytest.mark.parametrize(("part", "base", "flag"), SHAPING, ids=[" ".join(flag) for _, _, flag in SHAPING])
+def test_a_flag_of_training_changes_the_weights(part, base, flag, once):
+    base = ["--epochs", 1, "--precision", "float32", *base]
+    assert differences(once(*base)["final.pth"][part], once(*base, *flag)["final.pth"][part])
+
+
+def test_the_same_seed_gives_the_same_run(quick, saved):
+    quick("one", "--epochs", 1, "--seed", 5)
+    torch.manual_seed(99)
+    quick("two", "--epochs", 1, "--seed", 5)
+    assert not differences(saved("one"), saved("two"))
+
+
+@pytest.mark.parametrize(
+    "flag", [["--num_samples", "5"], ["--sampler", "ddpm"], ["--steps", "7"], ["--eta", "1"]], ids=" ".join
+)
+def test_a_flag_of_sampling_changes_the_pictures_of_training(flag, quick, data, tmp_path):
+    base, changed = (
+        train.Trainer(quick_arguments(data, tmp_path, *flags)) for flags in (["--epochs", 1], ["--epochs", 1, *flag])
+    )
+    for trainer in (base, changed):  # a network that predicts something, without having to train it
+        torch.nn.init.normal_(trainer.ema.model.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    with StopSignals() as signals:
+        assert not differences(base.sample_grid(signals), base.sample_grid(signals))
+        assert differences(base.sample_grid(signals), changed.sample_grid(signals))
+
+
+def test_pictures_come_at_their_epochs_and_fit_the_number_of_samples(quick, tmp_path):
+    quick("run", "--epochs", 3, "--sample_every", 2, "--num_samples", 5)
+    pictures = sorted(path.name for path in (tmp_path / "run/output").iterdir())
+    assert pictures == ["samples_epoch_0002.png", "samples_epoch_0003.png"]  # the last epoch has one, too
+    assert read_png(tmp_path / "run/output/samples_epoch_0002.png").shape == (2 * 30, 3 * 30)  # 28 pixels and a gap
+
+
+# ---- TensorBoard -------------------------------------------------------------------------------------------
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """The steps of every curve that TensorBoard would draw."""
+    events = EventAccumulator(str(folder / "log/tensorboard")).Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_that_was_killed_and_resumed_draws_every_step_once(quick, tmp_path, monkeypatch):
+    """Killed in its second epoch, it does again the steps since its last save; the old points of these are hidden."""
+    train_step = train.Trainer.train_step
+
+    def power_cut(self: train.Trainer, x0: Tensor) -> tuple[Tensor, Tensor]:
+        if self.step == STEPS + 2:
+            raise RuntimeError("power cut")
+        return train_step(self, x0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            quick("run", "--epochs", 3)
+    assert scalars(tmp_path / "run")["loss/train"] == [1, 2, 3, 4, 5, 6]
+    quick("run", "--epochs", 3)
+    curves = scalars(tmp_path / "run")
+    assert curves["loss/train"] == curves["gradient_norm"] == list(range(1, 3 * STEPS + 1))
+    assert curves["loss/validation"] == [STEPS, 2 * STEPS, 3 * STEPS]
+
+
+def test_log_every_thins_the_curves(quick, tmp_path):
+    quick("run", "--epochs", 2, "--log_every", 3)
+    assert scalars(tmp_path / "run")["loss/train"] == [3, 6]
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_a_resume_with_other_settings_is_refused_with_both_values(quick, failing, saved):
+    quick("run", "--epochs", 1)
+    before = saved("run")
+    message = failing("run", "--epochs", 2, "--unet_dim", 16, "--schedule_type", "linear", "--seed", 3)
+    for sentence in (
+        "UNET_DIM was 8 and is now 16",
+        "SCHEDULE_TYPE was 'cosine' and is now 'linear'",
+        "SEED was 0 and is now 3",
+    ):
+        assert sentence in message
+    assert not differences(saved("run"), before)
+
+
+def test_a_learning_rate_given_on_resume_is_used(quick, saved):
+    quick("run", "--epochs", 1)
+    quick("run", "--epochs", 2, "--learning_rate", "1e-4")
+    assert saved("run")["optimizer"]["param_groups"][0]["lr"] == 1e-4
+
+
+def test_a_damaged_latest_is_refused_and_left_as_it_is(quick, failing, tmp_path):
+    quick("run", "--epochs", 1)
+    latest = tmp_path / "run/checkpoint/latest.pth"
+    latest.write_bytes(latest.read_bytes()[:5000])
+    assert str(latest) in failing("run", "--epochs", 2)
+    assert latest.stat().st_size == 5000
+
+
+def test_fresh_is_refused_where_a_run_would_be_lost(quick, failing, saved):
+    quick("run", "--epochs", 1)
+    before = {name: saved("run", f"{name}.pth") for name in ("latest", "best", "final")}
+    message = failing("run", "--epochs", 1, "--fresh")
+    assert "--overwrite" in message and all(f"{name}.pth" in message for name in before)
+    assert not differences({name: saved("run", f"{name}.pth") for name in before}, before)
+
+
+def test_fresh_with_overwrite_starts_anew(quick, saved, once):
+    quick("run", "--epochs", 1, "--seed", 1, "--time_steps", 40)
+    assert quick("run", "--epochs", 2, "--fresh", "--overwrite") == 0
+    assert not differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
+
+
+def test_fresh_with_overwrite_deletes_nothing_if_the_new_run_cannot_start(quick, failing, saved, tmp_path):
+    quick("run", "--epochs", 1)
+    before = saved("run")
+    for flags in (["--dataset", "fashion-mnist-large"], ["--batch_size", 5000]):
+        failing("run", "--fresh", "--overwrite", *flags)
+        assert (tmp_path / "run/checkpoint/latest.pth").exists(), flags
+        assert not differences(saved("run"), before)
+
+
+def test_too_few_images_are_refused_with_the_numbers_to_change(failing):
+    message = failing("run", "--batch_size", 50)
+    assert "60 training images" in message and "--val_size 20" in message and "--batch_size 50" in message
+
+
+@pytest.mark.parametrize("path", ["checkpoint", "output", "log"])
+def test_a_place_that_cannot_be_written_is_refused_before_training(path, failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "train_step", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / path).write_text("a file where the directory belongs")
+    assert f"--{path}_path" in failing("run")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_path, monkeypatch):
+    """Somebody cleans up the disk, or fills it, long after the start."""
+    sample_grid = train.Trainer.sample_grid
+
+    def clean_up(self: train.Trainer, signals: StopSignals) -> Tensor:
+        shutil.rmtree(tmp_path / "run/output")
+        return sample_grid(self, signals)
+
+    monkeypatch.setattr(train.Trainer, "sample_grid", clean_up)
+    assert "samples_epoch_0001.png" in failing("run", "--epochs", 1)
+    assert saved("run")["epoch"] == 1  # what could be saved was saved before
+
+
+def test_a_finished_run_says_so_and_changes_nothing(quick, saved, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    quick("run", "--epochs", 1)
+    before = saved("run")
+    caplog.clear()
+    monkeypatch.setattr(train.Trainer, "run", None)
+    assert quick("run", "--epochs", 1) == 0
+    assert "nothing to do" in caplog.text and "--epochs" in caplog.text
+    assert not differences(saved("run"), before)
