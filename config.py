@@ -34,7 +34,7 @@ TIME_STEPS = 1000  # noise levels
 SCHEDULE_TYPE = "cosine"  # noise schedule: linear or cosine
 BETA_START = 1e-4  # first beta of the linear schedule
 BETA_END = 0.02  # last beta of the linear schedule
-PREDICTION = "v"  # what the network predicts: noise, or v, a mixture of noise and image that stays exact at high noise
+PREDICTION = "v"  # what the network predicts: noise, or v, a mixture of noise and image
 
 # Sampling
 NUM_SAMPLES = 64  # images to generate
@@ -46,6 +46,7 @@ EVAL_SAMPLES = 1000  # images that eval.py generates
 
 # Saving and logging
 SAVE_EVERY = 5  # epochs between writes of latest.pth
+SAVE_MINUTES = 10.0  # most that is lost to a crash: latest.pth is written within an epoch, too
 SAMPLE_EVERY = 10  # epochs between grids of samples
 LOG_EVERY = 50  # steps between TensorBoard scalars
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1 …
@@ -82,6 +83,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ETA": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "INTERP_STEPS": (lambda v: v >= 2, "at least 2, the two ends"),
     "SAVE_EVERY": POSITIVE,
+    "SAVE_MINUTES": (lambda v: v >= 0, "0 (after every step) or more"),
     "SAMPLE_EVERY": POSITIVE,
     "LOG_EVERY": POSITIVE,
     "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None, "auto, cpu, cuda or cuda:N"),
@@ -104,7 +106,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
 
 # Settings that a resumed run may change; every other one shapes its weights and must stay.
 FREE_ON_RESUME = {
-    "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "DEVICE", "SAVE_EVERY", "SAMPLE_EVERY", "LOG_EVERY",
+    "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "DEVICE", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY",
     "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA",
     "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
@@ -116,6 +118,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, settings: Iterable[str], **defaults: Any) -> None:
         """Flags for the constants named in `settings`; `defaults` replaces a constant's value for one script."""
         super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and results")
         comments = _comments()
         for name in settings:
             value = defaults.get(name, globals()[name])

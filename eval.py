@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from src import dataset, errors, inception, metrics, pipeline, utils
+from src import dataset, errors, pipeline, utils
 
 log = logging.getLogger("eval")
 
@@ -44,7 +43,7 @@ def protocol(
     generator: pipeline.Generator,
     settings: dict[str, Any],
     reference_count: int,
-    sha256: str,
+    extractor: Any,
 ) -> dict[str, Any]:
     """All that somebody needs who wants to get the same numbers."""
     return {
@@ -62,7 +61,7 @@ def protocol(
             "batch_size": args.batch_size,
         },
         "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count},
-        "extractor": {"network": "Inception-v3 (2015-12-05), 2048 features", "weights_sha256": sha256},
+        "extractor": {"network": extractor.name, "weights_sha256": extractor.sha256},
         "device": utils.describe_device(generator.device, torch.float32),
         "versions": {
             "python": platform.python_version(),
@@ -95,11 +94,12 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from src import inception, metrics  # here, for errors.run to report a missing torch-fidelity in one line
+
     device = utils.pick_device(args.device)
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
     generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
-    directory = utils.make_directory(args.output_dir, "--output_dir")
+    (directory,) = utils.make_directories({"output_dir": args.output_dir})
 
     real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
@@ -107,14 +107,14 @@ def main(args: argparse.Namespace) -> int:
 
     images, start = [], time.perf_counter()
     steps = generator.steps * -(-args.num_samples // args.batch_size)
-    with tqdm(total=steps, unit="step", desc="generating and scoring", disable=None) as bar:
+    with utils.progress(log, total=steps, unit="step", desc="generating and scoring") as bar:
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: bar.update()):
             scores.update(batch)
             images.append(batch)
     seconds = time.perf_counter() - start
 
     results = scores.compute()
-    about = protocol(args, generator, settings, len(real), extractor.sha256)
+    about = protocol(args, generator, settings, len(real), extractor)
     (directory / "metrics.json").write_text(
         json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
     )
@@ -124,4 +124,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(ARGS), "eval.py")
+    errors.run(lambda: main(ARGS), "eval.py", ARGS.quiet)

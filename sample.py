@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from src import errors, pipeline, utils
 
@@ -42,7 +41,7 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
     images: list[Tensor] = []
     frames: list[Tensor] = []  # of the first batch, as grids
     steps = generator.steps * -(-args.num_samples // args.batch_size)
-    with tqdm(total=steps, unit="step", desc="sampling", disable=None) as bar:
+    with utils.progress(log, total=steps, unit="step", desc="sampling") as bar:
 
         def on_step(x_t: Tensor) -> None:
             bar.update()
@@ -60,11 +59,10 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
 
 
 def main(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = utils.pick_device(args.device)
     unet, diffusion, _ = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
     generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
-    directory = utils.make_directory(args.output_dir, "--output_dir")
+    (directory,) = utils.make_directories({"output_dir": args.output_dir})
     log.info(
         "%s on %s: %d images, %s, %d steps",
         args.checkpoint,
@@ -85,4 +83,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(ARGS), "sample.py")
+    errors.run(lambda: main(ARGS), "sample.py", ARGS.quiet)

@@ -7,7 +7,7 @@ import config
 SETTINGS = """
     DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION
     UNET_DIM UNET_DIM_MULTS TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION NUM_SAMPLES SAMPLER STEPS ETA
-    SAVE_EVERY SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+    SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
 """.split()
 
 
@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, dataset, errors, pipeline, utils
+from src import checkpoint, dataset, errors, lock, pipeline, utils
 from src.ema import EMA
 from src.interrupt import Interrupted, StopSignals
 from src.monitor import Monitor
@@ -56,7 +57,7 @@ class Trainer:
         count = len(images) - args.val_size
         self.batches_per_epoch = count // args.batch_size
         if self.batches_per_epoch < 1:
-            raise errors.UserError(
+            raise errors.SettingError(
                 f"{args.dataset} has {len(images)} training images: too few for --val_size {args.val_size} and "
                 f"--batch_size {args.batch_size}; reduce one of them"
             )
@@ -72,6 +73,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
         self.best = math.inf  # lowest validation loss
         self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses, one a finished epoch
+        self.saved_at = time.monotonic()  # when latest.pth was last written, or need not have been
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and the settings that rebuild the network."""
@@ -85,11 +87,11 @@ class Trainer:
         }
 
     def resume(self, path: Path) -> None:
-        """Take up the run in checkpoint `path`. Raises UserError where it was trained with other settings."""
+        """Take up the run in checkpoint `path`. Raises SettingError where it was trained with other settings."""
         state = checkpoint.load(path)
         changed = config.changed_settings(state["settings"], vars(self.args))
         if changed:
-            raise errors.UserError(
+            raise errors.SettingError(
                 f"{path} cannot be resumed: {'; '.join(changed)}. Use the old values, or another --checkpoint_path"
             )
         self.model.load_state_dict(state["model"])
@@ -104,6 +106,8 @@ class Trainer:
 
     def save(self, name: str) -> None:
         checkpoint.save(Path(self.args.checkpoint_path) / name, self.state())
+        if name == "latest.pth":
+            self.saved_at = time.monotonic()
 
     def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
@@ -137,6 +141,10 @@ class Trainer:
             self.loss_sum += loss
             monitor.count_step(self.step, loss, norm, args.learning_rate)
             signals.check()
+            overdue = time.monotonic() - self.saved_at >= 60 * args.save_minutes
+            if overdue and self.batch < self.batches_per_epoch:  # at its end, finish_epoch follows
+                monitor.flush()
+                self.save("latest.pth")
 
     def finish_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
         """Validate, draw samples, save. Interrupted on the way, it has changed nothing and is done again on resume."""
@@ -150,8 +158,9 @@ class Trainer:
         self.epoch, self.batch = epoch, 0
         self.loss_sum.zero_()
         improved = val_loss < self.best
+        self.best = min(val_loss, self.best)
+        monitor.show_validation(self.step, val_loss, samples)  # before saving: what a checkpoint counts is on disk
         if improved:
-            self.best = val_loss
             self.save("best.pth")
         if epoch % args.save_every == 0 or last:
             self.save("latest.pth")
@@ -160,7 +169,6 @@ class Trainer:
         utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
         if samples is not None:
             utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
-        monitor.show_validation(self.step, val_loss, samples)
         train_loss, mark = self.history["train"][-1], " (best so far)" if improved else ""
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, train_loss, val_loss, mark)
 
@@ -223,7 +231,7 @@ def clear_old_run(args: argparse.Namespace) -> None:
     """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
     old = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
     if old and not args.overwrite:
-        raise errors.UserError(
+        raise errors.SettingError(
             f"--fresh would lose {', '.join(map(str, old))}: add --overwrite to delete them, or give another "
             "--checkpoint_path"
         )
@@ -232,23 +240,23 @@ def clear_old_run(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("checkpoint_path", "output_path", "log_path"):
-        utils.make_directory(getattr(args, name), f"--{name}")
-    if args.fresh:
-        clear_old_run(args)
-    trainer = Trainer(args)
-    latest = Path(args.checkpoint_path) / "latest.pth"
-    if latest.exists():
-        trainer.resume(latest)
-    log.info(describe(trainer))
-    if trainer.step:
-        log.info("RESUMING %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
-    if trainer.epoch >= args.epochs:
-        log.info("nothing to do: all %d epochs are done; raise --epochs, or start anew with --fresh", args.epochs)
-        return 0
-    return trainer.run()
+    places = {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
+    utils.make_directories(places)
+    with lock.hold(Path(args.checkpoint_path)):
+        if args.fresh:
+            clear_old_run(args)
+        trainer = Trainer(args)
+        latest = Path(args.checkpoint_path) / "latest.pth"
+        if latest.exists():
+            trainer.resume(latest)
+        log.info(describe(trainer))
+        if trainer.step:
+            log.info("RESUMING %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
+        if trainer.epoch >= args.epochs:
+            log.info("nothing to do: all %d epochs are done; raise --epochs, or start anew with --fresh", args.epochs)
+            return 0
+        return trainer.run()
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(ARGS), "train.py")
+    errors.run(lambda: main(ARGS), "train.py", ARGS.quiet)

@@ -45,7 +45,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read back what `save` wrote, all tensors on the CPU.
 
     Raises:
-        UserError: there is no such file; it is damaged; it is not a checkpoint of this program, or of a newer one.
+        UserError: there is no such file; it is damaged; it is not of this program, or of a newer one;
+            its weights are not finite.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give an existing file, or train one with python train.py")
@@ -61,9 +62,20 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or delete it") from error
     if not isinstance(state, dict) or state.get("program") != PROGRAM:
         raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
-    if state["format"] > FORMAT:
+    if not isinstance(state.get("format"), int) or state["format"] > FORMAT:
         raise UserError(f"{path} has format {state['format']}, newer than this program's {FORMAT}: update the program")
+    if not _finite(state):
+        raise UserError(f"{path} holds weights that are not numbers (NaN or infinite): restore an earlier one")
     return state
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number in every tensor, however deep in dictionaries and lists, is finite."""
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, (list, tuple)) else True
 
 
 def _fsync_directory(directory: Path) -> None:

@@ -23,9 +23,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from src.errors import UserError  # the one way in which every file tells the user what to mend
+from src.errors import SettingError, UserError  # the one way in which every file tells the user what to mend
+from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +81,10 @@ def load(name: str, root: str | Path, split: Split, image_size: int) -> tuple[Te
     foreign file, a folder that cannot be written, or a data set that no source can give.
     """
     if name not in DATASETS:
-        raise UserError(f"no data set is called {name!r}: choose from {', '.join(DATASETS)}")
+        raise SettingError(f"no data set is called {name!r}: choose from {', '.join(DATASETS)}")
     frame, odd = divmod(image_size - SIDE, 2)
     if frame < 0 or odd:
-        raise UserError(f"IMAGE_SIZE is {image_size}: use {SIDE} or a larger even number, such as 32")
+        raise SettingError(f"IMAGE_SIZE is {image_size}: use {SIDE} or a larger even number, such as 32")
     prefix = {"train": "train", "test": "t10k"}[split]
     files = _gather(DATASETS[name], Path(root))
     # An idx file is a header (16 bytes for images, 8 for labels), which the MD5 has vouched for, then values.
@@ -109,7 +109,7 @@ def batches(
     on with exactly those it had not seen. Raises `UserError` if one batch needs more images than there are.
     """
     if batch_size > len(images):
-        raise UserError(f"BATCH_SIZE is {batch_size}, but there are only {len(images)} images: lower it")
+        raise SettingError(f"BATCH_SIZE is {batch_size}, but there are only {len(images)} images: lower it")
     # seed + epoch would shuffle (0, 1) and (1, 0) alike; SeedSequence mixes the two.
     mixed = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).item()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mixed))
@@ -122,7 +122,7 @@ def batches(
 def _gather(dataset: Dataset, root: Path) -> dict[str, bytearray]:
     """The checked contents of the four files, which afterwards lie raw under `root`."""
     if root.exists() and not root.is_dir():
-        raise UserError(f"DATA_PATH is {root}, which is a file: name a folder")
+        raise SettingError(f"DATA_PATH is {root}, which is a file: name a folder")
     files = _read(dataset, root, dataset.md5)
     raw = set(files)
     for folder in (root, DEBIAN / dataset.name):
@@ -184,7 +184,7 @@ def _apt_get(dataset: Dataset, scratch: Path) -> None:
     apt += ["-o", f"Acquire::http::Timeout={TIMEOUT}"]
     unpack = ["sh", "-c", "dpkg-deb -x *.deb ."]
     commands = ([*apt, "update"], [*apt, "download", dataset.debian], unpack)
-    for command in tqdm(commands, desc=f"apt-get download {dataset.debian}", unit="command", disable=None):
+    for command in progress(log, iterable=commands, desc=f"apt-get download {dataset.debian}", unit="command"):
         _run(command, scratch)
 
 

@@ -1,7 +1,7 @@
 """The network that FID and the Inception Score look through: finds its weights, checks them, builds it.
 
 Scores can be compared only if everybody looks through the same eyes: the Inception-v3 of 2015-12-05 that
-Heusel et al. 2017 took from TensorFlow. torch-fidelity holds its architecture and its way of resizing; the
+Heusel et al. 2017 took from TensorFlow. torch-fidelity holds its architecture, torchmetrics its resizing; the
 weights (96 MB) are fetched once, checked, and kept where torch.hub keeps what it downloads.
 """
 
@@ -20,9 +20,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from src.errors import UserError  # missing or damaged weights are something the user can mend
+from src.errors import UserError  # a missing package, missing or damaged weights are something the user can mend
+
+try:
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    from torchmetrics.image.fid import NoTrainInceptionV3
+except ModuleNotFoundError as error:
+    raise UserError(f"no package {error.name}: run pip install -r requirements.txt") from error
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +81,7 @@ class Extractor(nn.Module):
     file's. Raises UserError if the file is missing, damaged or another network's.
     """
 
-    name = "Inception-v3 (2015-12-05) of torch-fidelity, images resized as by TensorFlow 1"
+    name = "Inception-v3 (2015-12-05) as torchmetrics builds it, antialiased resize to 299×299"
     num_features = 2048
 
     def __init__(self, path: str | Path) -> None:
@@ -84,18 +89,14 @@ class Extractor(nn.Module):
         network, self.sha256 = _load(Path(path))
         self.network = network.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
         self.has_logits = bool(network.fc.weight.isfinite().all())
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Extractor":
-        """Stay in evaluation mode: batch statistics would make features depend on an image's neighbours."""
-        return super().train(False)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees in images (B, 1 or 3, H, W), uint8 in [0, 255].
 
-        Grayscale is repeated into three channels, and all is resized to 299×299 as TensorFlow 1 did it, which
-        is how published FIDs are measured. (torchmetrics' own extractor resizes in another way.)
+        Grayscale is repeated into three channels, and all is resized to 299×299 by torchmetrics: bilinear, with
+        antialiasing. So scores are those of its FrechetInceptionDistance(feature=2048); the resize of
+        TensorFlow 1, which pytorch-fid and torch-fidelity imitate, gives others.
 
         Returns:
             Features (B, 2048) and logits (B, 1008), float32. The logits go without the last layer's bias, as
@@ -106,11 +107,12 @@ class Extractor(nn.Module):
         images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
         # GPUs would round convolutions to TF32's 10 bits, and a score would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self.network(images)
+            features = self.network(images)  # (B, 2048)
+            return features, features @ self.network.fc.weight.T  # (B, 1008)
 
 
-class _Network(fidelity.FeatureExtractorInceptionV3):
-    """torch-fidelity's network without weights.
+class _Network(NoTrainInceptionV3):
+    """The network as torchmetrics builds it, without weights: torch-fidelity's layers, a smooth resize before them.
 
     Its constructor unpickles a file, unchecked: it gets an empty one. The weights follow once checked.
     """
@@ -119,7 +121,7 @@ class _Network(fidelity.FeatureExtractorInceptionV3):
         torch.save({}, nothing := io.BytesIO())
         nothing.seek(0)
         with torch.device("meta"):  # shapes only: draws no initial weights from the global generator
-            super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], nothing)
+            super().__init__("inception-v3-compat", ["2048"], nothing)
 
     def load_state_dict(self, *_args, **_kwargs) -> None:
         """Called by the constructor, where there is nothing to load."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
-from tqdm import tqdm
 
 from src import checkpoint  # the one place that writes state atomically and reads it checked
 from src.errors import UserError  # which checkpoint raises
+from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Extractor(Protocol):
 
     num_features: int  # D
     has_logits: bool  # else they are no numbers
-    sha256: str  # of the weights: features of different weights cannot be compared
+    name: str  # of the network and of what it does to images first
+    sha256: str  # of the weights; features of another network or other weights cannot be compared
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -60,7 +61,7 @@ def reference_statistics(
         except UserError as error:
             log.warning("%s; the reference statistics are computed again", error)
     fid = _fid(extractor)
-    with tqdm(total=len(images), desc="reference images", unit="image") as bar:
+    with progress(log, total=len(images), desc="reference images", unit="image") as bar:
         for batch in images.split(batch_size):
             features, _ = extractor(batch)
             fid.update(features.cpu().double(), real=True)
@@ -169,7 +170,7 @@ def _fid(extractor: Extractor) -> FrechetInceptionDistance:
 
 
 def _key(images: Tensor, extractor: Extractor) -> str:
-    digest = hashlib.sha256(f"{extractor.sha256} {images.dtype} {tuple(images.shape)}".encode())
+    digest = hashlib.sha256(f"{extractor.name} {extractor.sha256} {images.dtype} {tuple(images.shape)}".encode())
     digest.update(images.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -1,12 +1,16 @@
 """What people see of a running training: a progress bar and TensorBoard's curves and pictures."""
 
+import logging
 import time
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+
+from src.utils import progress  # the one rule of when a bar is shown
+
+log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -24,12 +28,12 @@ class Monitor:
     def __init__(self, directory: Path, step: int, total_steps: int, batch_size: int, log_every: int) -> None:
         self.batch_size, self.log_every = batch_size, log_every
         self.writer = SummaryWriter(directory, purge_step=step + 1)
-        self.bar = tqdm(
+        self.bar = progress(
+            log,
             total=total_steps * batch_size,
             initial=step * batch_size,
             unit=" images",
             unit_scale=True,
-            disable=None,  # no bar where stderr is not a terminal
         )
         self.since = time.perf_counter()
 
@@ -67,4 +71,8 @@ class Monitor:
         self.writer.add_scalar("loss/validation", loss, step)
         if samples is not None:
             self.writer.add_image("samples", samples, step)
+        self.flush()
+
+    def flush(self) -> None:
+        """Put on disk what was shown so far: a checkpoint that counts these steps will not repeat them."""
         self.writer.flush()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src import checkpoint
 from src.diffusion import Diffusion
-from src.errors import UserError
+from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
 from src.utils import ImageNoise, to_uint8
@@ -59,7 +59,7 @@ class Generator:
         eta: DDIM's share of fresh noise, 0 to 1; ddpm has none to set.
 
     Raises:
-        UserError: there are more steps than the diffusion has timesteps.
+        SettingError: there are more steps than the diffusion has timesteps.
     """
 
     def __init__(self, unet: UNet, diffusion: Diffusion, sampler: str, steps: int = 0, eta: float = 0.0) -> None:
@@ -70,7 +70,7 @@ class Generator:
         self.steps = steps or (diffusion.time_steps if sampler == "ddpm" else min(DDIM_STEPS, diffusion.time_steps))
         self.options = {"eta": eta} if sampler == "ddim" else {}
         if self.steps > diffusion.time_steps:
-            raise UserError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: ask for fewer")
+            raise SettingError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
 
     def generate(
         self, seed: int, count: int, batch_size: int, on_step: Callable[[Tensor], None] | None = None

@@ -1,30 +1,33 @@
 """Seeds, devices, pictures and plots."""
 
+import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from src.errors import UserError  # an absent device or an unwritable place is something the user can mend
+from src.errors import SettingError  # an absent device or an unwritable place is something the user can mend
 
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is any, else the CPU; other names are torch's, as "cpu" or "cuda:1".
 
     Raises:
-        UserError: CUDA is asked for and this machine, or this build of torch, has none.
+        SettingError: CUDA is asked for and this machine, or this build of torch, has none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise SettingError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
 
 
@@ -55,20 +58,31 @@ def set_rng_state(state: dict[str, Tensor | list[Tensor]]) -> None:
         torch.cuda.set_rng_state(device_state, index)
 
 
-def make_directory(path: str | Path, flag: str) -> Path:
-    """Create a directory and try that a file can be written there, at the start and not after hours of work.
+def make_directories(places: Mapping[str, str]) -> list[Path]:
+    """Create directories and try that files can be written there, at the start and not after hours of work.
+
+    Args:
+        places: setting → the directory it names.
 
     Raises:
-        UserError: it cannot; the text names `flag`.
+        SettingError: some cannot be used; the text names them all with their settings.
     """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; choose a directory that can be written") from error
-    return path
+    paths, found = [Path(place) for place in places.values()], []
+    for setting, path in zip(places, paths, strict=True):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            found.append(f"--{setting} {path}: {error.strerror}")
+    if found:
+        raise SettingError(f"{'; '.join(found)}. Name directories that can be written")
+    return paths
+
+
+def progress(log: logging.Logger, **kwargs: Any) -> tqdm:
+    """A tqdm bar, shown if `log` speaks of progress (not under --quiet) and stderr is a terminal."""
+    return tqdm(disable=None if log.isEnabledFor(logging.INFO) else True, **kwargs)
 
 
 class ImageNoise:

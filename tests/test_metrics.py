@@ -21,6 +21,7 @@ class LinearExtractor:
     num_features: int = FEATURES
     has_logits: bool = True
     sha256: str = "0" * 64
+    name: str = "linear"
     calls: int = 0
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

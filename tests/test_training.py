@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import train
-from src import checkpoint, errors, utils
+from src import checkpoint, errors
 from src.ema import EMA
 from src.interrupt import StopSignals
 
@@ -42,7 +42,7 @@ def failing(quick, capsys) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def memory() -> dict[tuple[object, ...], dict[str, Any]]:
+def memory() -> dict[Any, dict[str, Any]]:
     return {}
 
 
@@ -233,13 +233,21 @@ FORGOTTEN = {
 }
 
 
+@pytest.fixture
+def stopped(memory, quick, saved, stop_at) -> dict[str, Any]:
+    """latest.pth of two epochs that were stopped in the second; also trained once."""
+    if "stopped" not in memory:
+        stop_at(CHECKS + 2)
+        assert quick("stopped", "--epochs", 2) == 130
+        memory["stopped"] = saved("stopped")
+    return memory["stopped"]
+
+
 @pytest.mark.parametrize("part", FORGOTTEN)
-def test_a_resume_that_forgets_a_part_of_the_checkpoint_ends_elsewhere(part, quick, saved, stop_at, once, tmp_path):
+def test_a_resume_that_forgets_a_part_of_the_checkpoint_ends_elsewhere(part, quick, saved, stopped, once, tmp_path):
     """The negative control of the tests above (the best score has a test of its own)."""
-    stop_at(CHECKS + 2)
-    assert quick("run", "--epochs", 2) == 130
-    state = saved("run")
-    checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {**state, **FORGOTTEN[part](state)})
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {**stopped, **FORGOTTEN[part](stopped)})
     assert quick("run", "--epochs", 2) == 0
     changed = differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
     assert bool(changed) == (part != "nothing")
@@ -304,11 +312,9 @@ def test_a_signal_to_the_real_process_is_answered_in_one_line_with_what_to_do(nu
         assert process.wait(timeout=60) == 128 + number
     finally:
         process.kill()
-    last = output.splitlines()[-1]
     state = checkpoint.load(tmp_path / "checkpoints/latest.pth")
-    assert re.fullmatch(
-        rf"{number.name}: saved step {state['step']} in checkpoints/latest\.pth; .*same command.*", last
-    )
+    last_words = rf"{number.name}: saved step {state['step']} in checkpoints/latest\.pth; .*same command.*"
+    assert re.fullmatch(last_words, output.splitlines()[-1])
     assert state["step"] == 2 * state["epoch"] + state["batch"] >= 2
     assert not re.search(r"\b(done|completed?|finished)\b|Traceback|KeyboardInterrupt|\r", output, re.IGNORECASE)
     assert not list(tmp_path.glob("outputs/samples_*.png")) and not (tmp_path / "checkpoints/final.pth").exists()
@@ -329,6 +335,7 @@ SHAPING = [
     ("model", [], ["--unet_dim", "16"]),
     ("model", [], ["--unet_dim_mults", "1", "1"]),
     ("model", [], ["--time_steps", "40"]),
+    ("model", [], ["--prediction", "noise"]),
     ("model", [], LINEAR),
     ("model", LINEAR, ["--beta_start", "1e-3"]),
     ("model", LINEAR, ["--beta_end", "0.01"]),

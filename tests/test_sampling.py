@@ -1,0 +1,319 @@
+"""From a checkpoint to pictures: their numbers, which depend on seed and flags alone, and their files."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments, read_png, read_samples, run_script
+from PIL import Image
+from torch import Tensor, nn
+
+import config
+import eval as evaluate
+import sample
+import train
+from src import checkpoint, dataset, errors, pipeline, samplers, utils
+from src.diffusion import Diffusion
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def draw(trained, tmp_path) -> Callable[..., Path]:
+    """`draw(name, *flags)`: sample.py in this process, from the trained model unless told; the folder it wrote to."""
+
+    def run(name: str, *flags: object, checkpoint: Path = trained.checkpoint) -> Path:
+        flags = ("--checkpoint", checkpoint, "--output_dir", tmp_path / name, "--device", "cpu", *flags)
+        assert sample.main(arguments(sample, *flags)) == 0
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory) -> SimpleNamespace:
+    """A checkpoint of random weights, unlike config.py's defaults throughout: 28 pixels, linear, 40 timesteps, …"""
+    linear = "--schedule_type linear --beta_start 1e-3 --beta_end 0.01 --time_steps 40 --prediction noise".split()
+    settings = vars(arguments(train, *linear, "--image_size", 28, "--unet_dim", 8, "--unet_dim_mults", 1, 2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet, diffusion = pipeline.build(settings, torch.device("cpu"))
+        nn.init.normal_(unet.conv_out.weight, std=0.1)  # else it would predict zeros
+    path = tmp_path_factory.mktemp("random") / "model.pth"
+    checkpoint.save(path, {"settings": settings, "ema": unet.state_dict()})
+    return SimpleNamespace(unet=unet.eval(), diffusion=diffusion, path=path)
+
+
+def starts(monkeypatch) -> list[Tensor]:
+    """The noise (B,C,H,W) that each call of the DDIM sampler starts from, from now on."""
+    seen = []
+    ddim = samplers.SAMPLERS["ddim"]
+
+    def spy(model, diffusion, x_T, *rest, **options):
+        seen.append(x_T)
+        return ddim(model, diffusion, x_T, *rest, **options)
+
+    monkeypatch.setitem(samplers.SAMPLERS, "ddim", spy)
+    return seen
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+class Oracle(nn.Module):
+    """A network that knows the one picture x0 (C,H,W) that there is, and so what to predict at any time."""
+
+    def __init__(self, x0: Tensor, diffusion: Diffusion) -> None:
+        super().__init__()
+        self.x0, self.diffusion = nn.Parameter(x0), diffusion
+        self.channels, self.image_size, _ = x0.shape
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.diffusion.target(self.x0, t, self.diffusion.predict_eps(x_t, t, self.x0))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_picture_comes_through_with_its_256_greys_unchanged(sampler, prediction, tmp_path):
+    """Data's pixels → [-1, 1] → network → files. Normalised twice, black would be grey; as RGB, not mode L."""
+    picture = torch.arange(32 * 32).view(1, 32, 32).div(4, rounding_mode="floor").to(torch.uint8)
+    diffusion = Diffusion(50, "cosine", prediction=prediction)
+    oracle = Oracle(dataset.normalise(picture), diffusion)
+    generator = pipeline.Generator(oracle, diffusion, sampler, steps=10)
+    sample.write_samples(generator, arguments(sample, "--num_samples", 3), tmp_path)
+
+    expected = picture[0].numpy().astype(int)
+    assert expected.min() == 0 and expected.max() == 255
+    assert np.array_equal(read_samples(tmp_path), np.stack([expected] * 3))
+    tile = np.pad(expected, 1)  # a black gap of two pixels between neighbours, one at the rim
+    assert np.array_equal(read_png(tmp_path / "grid.png"), np.block([[tile, tile], [tile, 0 * tile]]))
+
+
+def test_the_ends_of_the_scale_are_black_and_white():
+    x = torch.tensor([-7.0, -1.0, -1 + 0.9 / 255, 0.0, 1 - 0.9 / 255, 1.0, 7.0])
+    assert utils.to_uint8(x).tolist() == [0, 0, 0, 128, 255, 255, 255]
+
+
+def test_a_model_is_sampled_with_its_own_settings_whatever_config_says(random_model, draw, monkeypatch):
+    flags = ["--num_samples", 3, "--steps", 6, "--seed", 4]
+    args = arguments(sample, *flags)
+    absurd = {"IMAGE_SIZE": 64, "CHANNELS": 3, "UNET_DIM": 72, "UNET_DIM_MULTS": [3], "TIME_STEPS": 5}
+    absurd |= {"SCHEDULE_TYPE": "cosine", "BETA_START": 0.8, "BETA_END": 0.9, "PREDICTION": "v"}
+    for name, value in absurd.items():
+        monkeypatch.setattr(config, name, value)
+    written = read_samples(draw("written", *flags, checkpoint=random_model.path))
+
+    def by_hand(diffusion: Diffusion) -> np.ndarray:
+        noise = utils.ImageNoise(args.seed, range(3), (1, 28, 28))
+        *_, x0 = samplers.ddim(random_model.unet, diffusion, noise(), noise, args.steps)
+        return utils.to_uint8(x0)[:, 0].numpy().astype(int)
+
+    assert np.abs(written - by_hand(random_model.diffusion)).max() <= 1
+    assert np.abs(written - by_hand(Diffusion(40, "cosine"))).max() > 1  # the schedule does make a difference
+
+
+# ---- seeds and batches -------------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_its_seed_and_number_alone(draw):
+    """Not on the size of the batch, nor on how many are asked for: the noise is one stream an image."""
+    flags = ["--steps", 4, "--seed", 3]
+    together = read_samples(draw("together", *flags, "--num_samples", 20, "--batch_size", 20))
+    assert len({image.tobytes() for image in together}) == 20  # batches may well be larger than 16
+    for name, count, batch_size in ("in batches", 5, 2), ("one by one", 3, 1):
+        apart = read_samples(draw(name, *flags, "--num_samples", count, "--batch_size", batch_size))
+        assert np.abs(apart - together[:count]).max() <= 1  # float rounding
+
+
+@pytest.mark.parametrize("flags", [[], ["--eta", 0.7], ["--sampler", "ddpm"]], ids=["ddim", "eta", "ddpm"])
+def test_the_same_seed_gives_the_same_images(flags, draw):
+    flags = [*flags, "--steps", 4, "--num_samples", 2]
+    one = read_samples(draw("one", *flags))
+    torch.manual_seed(99)
+    assert np.array_equal(one, read_samples(draw("two", *flags)))
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed 1", "--steps 6", "--eta 1", "--sampler ddpm", "--raw_weights"], ids=lambda flag: flag.split()[0]
+)
+def test_a_flag_changes_the_images(flag, draw):
+    base = ["--num_samples", 2, "--steps", 5]
+    one, two = read_samples(draw("base", *base)), read_samples(draw("changed", *base, *flag.split()))
+    assert np.abs(one - two).max() > 1
+
+
+def test_batch_size_is_how_many_images_are_made_at_a_time(draw, monkeypatch):
+    seen = starts(monkeypatch)
+    draw("samples", "--num_samples", 7, "--batch_size", 3, "--steps", 1)
+    assert [len(x_T) for x_T in seen] == [3, 3, 1]
+
+
+def test_num_samples_and_output_dir_say_how_many_images_and_where(draw):
+    folder = draw("a new/folder", "--num_samples", 5, "--steps", 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", *(f"sample_{i:05d}.png" for i in range(5))]
+    assert read_samples(folder).shape == (5, 32, 32)
+    assert read_png(folder / "grid.png").shape == (2 * 34, 3 * 34)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ddpm", 40), ("ddim short", 40)])
+def test_steps_are_the_sampler_s_own_unless_given(sampler, steps, random_model):
+    diffusion = Diffusion(100, "linear") if sampler == "ddim" else random_model.diffusion
+    assert pipeline.Generator(random_model.unet, diffusion, sampler.split()[0]).steps == steps
+
+
+# ---- interpolation -----------------------------------------------------------------------------------------
+
+
+def frames(folder: Path) -> np.ndarray:
+    """The frames of an interpolation's strip, (F, 32, 32)."""
+    strip = read_png(folder / "interpolation.png")
+    assert strip.shape[0] == 34 and strip.shape[1] % 34 == 0
+    return np.stack([strip[1:-1, left + 1 : left + 33] for left in range(0, strip.shape[1], 34)])
+
+
+def test_an_interpolation_leads_from_the_first_image_to_the_second_in_small_steps(draw):
+    folder = draw("morph", "--num_samples", 2, "--steps", 10, "--interpolate", "--interp_steps", 9)
+    strip, images = frames(folder), read_samples(folder)
+    assert len(strip) == 9
+    assert np.abs(strip[[0, -1]] - images).max() <= 1
+    steps, whole = np.abs(np.diff(strip, axis=0)).mean((1, 2)), np.abs(images[1] - images[0]).mean()
+    assert steps.min() > 0 and steps.max() < whole / 2
+
+
+def test_an_interpolation_keeps_to_the_sphere(draw, monkeypatch):
+    """Of two noises mixed linearly, the middle has 0.7 of their norm: no noise that the network knows."""
+    seen = starts(monkeypatch)
+    draw("morph", "--num_samples", 1, "--steps", 1, "--interpolate", "--interp_steps", 7)
+    noises = seen[-1].flatten(1)
+    assert len(noises) == 7
+    norms = noises.norm(dim=1)
+    assert norms.min() > 0.99 * norms[[0, -1]].min() and norms.max() < 1.01 * norms[[0, -1]].max()
+    turns = nn.functional.cosine_similarity(noises[1:], noises[:-1]).arccos()
+    assert turns.max() < 1.15 * turns.min()  # at an even pace; a line's middle is passed 1.6 times as fast
+
+
+def test_two_frames_are_the_ends_and_batches_do_not_matter(draw):
+    flags = ["--num_samples", 2, "--steps", 4, "--interpolate"]
+    whole = frames(draw("whole", *flags, "--interp_steps", 5))
+    assert np.abs(frames(draw("in batches", *flags, "--interp_steps", 5, "--batch_size", 2)) - whole).max() <= 1
+    assert np.abs(frames(draw("ends", *flags, "--interp_steps", 2)) - whole[[0, -1]]).max() <= 1
+
+
+# ---- animation ---------------------------------------------------------------------------------------------
+
+
+def read_gif(path: Path) -> list[np.ndarray]:
+    with Image.open(path) as animation:
+        assert animation.format == "GIF" and animation.info["loop"] == 0
+        pictures = []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            pictures.append(np.asarray(animation.convert("L")).astype(int))
+        return pictures
+
+
+def test_an_animation_leads_from_noise_to_the_grid(draw):
+    folder = draw("movie", "--num_samples", 4, "--steps", 8, "--gif")
+    pictures, grid = read_gif(folder / "denoising.gif"), read_png(folder / "grid.png")
+    assert len(pictures) == 8  # a picture a step
+    assert np.abs(pictures[-1] - grid).max() <= 4  # GIF spares one of its 256 greys for transparency
+    to_go = [np.abs(picture - grid).mean() for picture in pictures]
+    assert to_go[0] == max(to_go) > 0
+
+
+def test_an_animation_of_many_batches_shows_the_first(draw):
+    folder = draw("movie", "--num_samples", 3, "--batch_size", 2, "--steps", 3, "--gif")
+    first_batch = np.block([[np.pad(image, 1) for image in read_samples(folder)[:2]]])
+    assert np.abs(read_gif(folder / "denoising.gif")[-1] - first_batch).max() <= 4
+
+
+def test_an_animation_of_many_steps_stays_short(draw, random_model, monkeypatch):
+    """With a terminal or, as here, without: DDPM's thousand steps would make a film of a thousand frames."""
+    monkeypatch.setattr(sample, "GIF_FRAMES", 10)
+    flags = ["--num_samples", 2, "--sampler", "ddpm", "--gif"]
+    folder = draw("movie", *flags, checkpoint=random_model.path)
+    assert 5 <= len(read_gif(folder / "denoising.gif")) <= 20
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint_is_one_line_on_stderr_and_status_1(tmp_path):
+    done = run_script("sample.py", "--checkpoint", "nowhere/best.pth", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"sample\.py: error: no checkpoint at nowhere/best\.pth: .+\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[..., str]:
+    """`refusal(script, *flags)` must exit with status 1 and one line on stderr: that line."""
+
+    def run(script, *flags: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            errors.run(lambda: script.main(arguments(script, *flags)), f"{script.__name__}.py")
+        error = capsys.readouterr().err
+        assert stop.value.code == 1
+        assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1
+        return error
+
+    return run
+
+
+def test_eval_refuses_a_missing_checkpoint_likewise(refusal, tmp_path):
+    assert "nowhere.pth" in refusal(evaluate, "--checkpoint", "nowhere.pth", "--output_dir", tmp_path / "eval")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [sample, evaluate], ids=["sample", "eval"])
+def test_more_steps_than_the_model_has_timesteps_are_refused_with_both_numbers(
+    script, refusal, random_model, tmp_path
+):
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path / "out", "--steps", 41]
+    message = refusal(script, *flags)
+    assert "41" in message and "40" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_raw_weights_says_so(refusal, random_model, tmp_path):
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--raw_weights"]
+    assert "no raw weights" in refusal(sample, *flags)
+
+
+def test_a_place_that_cannot_be_written_is_refused(refusal, random_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path / "file"]
+    assert "--output_dir" in refusal(sample, *flags)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_too(refusal, random_model, tmp_path):
+    (tmp_path / "grid.png").mkdir()
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--num_samples", 1, "--steps", 1]
+    assert "grid.png" in refusal(sample, *flags)
+
+
+@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--eta", "0.5"]], ids=" ".join)
+def test_an_interpolation_with_fresh_noise_is_refused_as_a_mistake_of_usage(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(sample, "--interpolate", *flags)
+    assert stop.value.code == 2
+    assert "deterministic" in capsys.readouterr().err
+
+
+def test_an_impatient_user_gets_one_line_and_status_130(random_model, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "to_uint8", interrupt)
+    monkeypatch.setattr(pipeline, "to_uint8", interrupt)
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--steps", 1]
+    with pytest.raises(SystemExit) as stop:
+        errors.run(lambda: sample.main(arguments(sample, *flags)), "sample.py")
+    assert (stop.value.code, capsys.readouterr().err) == (130, "sample.py: interrupted\n")
