@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from src.diffusion import Diffusion, cosine_betas, linear_betas
 
 SCHEDULES = ["linear", "cosine"]
+PREDICTIONS = ["noise", "v"]
 HO = (1e-4, 0.02)  # the ends of Ho et al.'s linear schedule
 SIGMAS = 4.5  # standard errors that a Monte-Carlo estimate may be off
 EPS32 = torch.finfo(torch.float32).eps
@@ -109,6 +110,11 @@ def test_unknown_schedule_is_refused_with_the_known_ones():
         Diffusion(1000, "sigmoid")
 
 
+def test_unknown_prediction_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'x0'.*noise.*v"):
+        Diffusion(1000, "cosine", prediction="x0")
+
+
 # ---- the forward process ---------------------------------------------------------------------------------
 
 
@@ -149,30 +155,6 @@ def test_every_image_of_a_batch_has_its_own_timestep():
         assert torch.equal(together[i : i + 1], alone)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("t", [0, 1, 100, 500, 900, 999])
-def test_predict_x0_and_predict_eps_invert_q_sample(schedule, t):
-    diffusion = Diffusion(1000, schedule)
-    x0, eps = noise(1, 1, 32, 32).clamp(-1, 1), noise(1, 1, 32, 32, seed=1)
-    x_t = diffusion.q_sample(x0, at(t), eps)
-    # x_t, of size 4 at most, is rounded to float32; dividing by √α̅ or √(1 - α̅) magnifies what was lost.
-    rounding, alpha_bar = 4 * 4 * EPS32, alpha_bar_by_hand(diffusion, t)
-    back = diffusion.predict_x0(x_t, at(t), eps)
-    torch.testing.assert_close(back, x0, rtol=0, atol=rounding / math.sqrt(alpha_bar))
-    back = diffusion.predict_eps(x_t, at(t), x0)
-    torch.testing.assert_close(back, eps, rtol=0, atol=rounding / math.sqrt(1 - alpha_bar))
-
-
-def test_predicted_x0_is_clipped_to_the_range_of_the_data():
-    diffusion = Diffusion(1000, "linear")
-    x0, eps = torch.linspace(-3, 3, 61).view(1, 1, 1, 61), noise(1, 1, 1, 61)
-    for t in (0, 300):
-        back = diffusion.predict_x0(diffusion.q_sample(x0, at(t), eps), at(t), eps)
-        torch.testing.assert_close(back, x0.clamp(-1, 1), rtol=0, atol=1e-5)
-        assert back.min() == -1
-        assert back.max() == 1
-
-
 def test_before_the_first_step_there_is_no_noise():
     signal, sigma = Diffusion(1000, "cosine").signal_and_noise(torch.tensor([-1, 0]))
     assert signal[0].item() == 1
@@ -191,6 +173,72 @@ def test_coefficients_are_precise_near_t_0():
 
     naive = (1 - torch.cumprod(1 - betas.float(), dim=0)).sqrt()
     assert ((naive / exact.sqrt() - 1).abs() > 20 * EPS32).any()  # negative control
+
+
+# ---- what the network predicts ----------------------------------------------------------------------------
+
+
+def test_v_is_x_t_a_quarter_turn_further():
+    """With the angle φ of √α̅ = cos φ, x_t = cos φ x_0 + sin φ eps turns from image to noise, and v = dx_t / dφ."""
+    diffusion, x0, eps = Diffusion(1000, "cosine", prediction="v"), noise(1, 1, 8, 8), noise(1, 1, 8, 8, seed=1)
+    for t in (0, 300, 700, 999):
+        phi = math.acos(math.sqrt(alpha_bar_by_hand(diffusion, t)))
+        v = math.cos(phi + math.pi / 2) * x0 + math.sin(phi + math.pi / 2) * eps
+        torch.testing.assert_close(diffusion.target(x0, at(t), eps), v, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_v_equals_diffusers(schedule):
+    diffusion, t = Diffusion(1000, schedule, prediction="v"), torch.tensor([0, 10, 300, 998])
+    theirs = DDPMScheduler(trained_betas=diffusion.betas.numpy(), prediction_type="v_prediction")
+    x0, eps = noise(4, 1, 8, 8), noise(4, 1, 8, 8, seed=1)
+    # theirs is computed in float32, which knows 1 - α̅_0 = 4e-5 to three digits
+    torch.testing.assert_close(diffusion.target(x0, t, eps), theirs.get_velocity(x0, eps, t), rtol=0, atol=1e-4)
+
+
+def test_noise_itself_is_the_target_of_ho():
+    x0, eps = noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1)
+    assert torch.equal(Diffusion(1000, "cosine").target(x0, at(500, 2), eps), eps)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("t", [0, 1, 100, 500, 900, 999])
+def test_x0_and_eps_can_be_had_back_from_x_t_and_the_target(schedule, prediction, t):
+    diffusion = Diffusion(1000, schedule, prediction=prediction)
+    x0, eps = noise(1, 1, 32, 32).clamp(-1, 1), noise(1, 1, 32, 32, seed=1)
+    x_t, target = diffusion.q_sample(x0, at(t), eps), diffusion.target(x0, at(t), eps)
+    # x_t, of size 4 at most, is rounded to float32; dividing by √α̅ or √(1 - α̅) magnifies what was lost.
+    rounding, alpha_bar = 4 * 4 * EPS32, alpha_bar_by_hand(diffusion, t)
+    magnified = rounding / math.sqrt(alpha_bar) if prediction == "noise" else rounding
+    torch.testing.assert_close(diffusion.predict_x0(x_t, at(t), target), x0, rtol=0, atol=magnified)
+    magnified = rounding / math.sqrt(1 - alpha_bar)
+    torch.testing.assert_close(diffusion.predict_eps(x_t, at(t), x0), eps, rtol=0, atol=magnified)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predicted_x0_is_clipped_to_the_range_of_the_data(prediction):
+    diffusion = Diffusion(1000, "linear", prediction=prediction)
+    x0, eps = torch.linspace(-3, 3, 61).view(1, 1, 1, 61), noise(1, 1, 1, 61)
+    for t in (0, 300):
+        x_t, target = diffusion.q_sample(x0, at(t), eps), diffusion.target(x0, at(t), eps)
+        back = diffusion.predict_x0(x_t, at(t), target)
+        torch.testing.assert_close(back, x0.clamp(-1, 1), rtol=0, atol=1e-5)
+        assert back.min() == -1
+        assert back.max() == 1
+
+
+def test_an_error_in_v_stays_small_where_one_in_the_noise_saturates_the_pixel():
+    """At the noisy end of the cosine schedule, x_0 from the noise is the error divided by √α̅ = 5e-5."""
+    x0, eps, t = noise(1, 1, 32, 32).clamp(-0.9, 0.9), noise(1, 1, 32, 32, seed=1), at(999)
+    error = 0.01 * noise(1, 1, 32, 32, seed=2)
+
+    def estimate(prediction: str) -> torch.Tensor:
+        diffusion = Diffusion(1000, "cosine", prediction=prediction)
+        return diffusion.predict_x0(diffusion.q_sample(x0, t, eps), t, diffusion.target(x0, t, eps) + error)
+
+    assert (estimate("v") - x0).abs().max() <= error.abs().max() + 4 * EPS32
+    assert (estimate("noise").abs() == 1).float().mean() > 0.95  # negative control
 
 
 # ---- the posterior ---------------------------------------------------------------------------------------
@@ -253,6 +301,14 @@ def test_loss_is_zero_for_the_true_noise():
     assert diffusion.loss(lambda x_t, t: eps, x0, torch.arange(8), eps).item() == 0
 
 
+def test_loss_is_zero_for_the_true_v_and_not_for_the_noise():
+    diffusion, t = Diffusion(1000, "cosine", prediction="v"), torch.arange(300, 308)
+    x0, eps = noise(8, 1, 8, 8), noise(8, 1, 8, 8, seed=1)
+    v = diffusion.target(x0, t, eps)
+    assert diffusion.loss(lambda x_t, t: v, x0, t, eps).item() == 0
+    assert diffusion.loss(lambda x_t, t: eps, x0, t, eps).item() > 0.1
+
+
 def test_loss_of_a_zero_predictor_is_one():
     diffusion, n = Diffusion(1000, "cosine"), 100 * 32 * 32
     x0, eps = noise(100, 1, 32, 32), noise(100, 1, 32, 32, seed=1)
@@ -268,21 +324,24 @@ def test_loss_shows_the_model_x_t_and_t():
     assert torch.equal(seen[1], t)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [50, 300, 700])
-def test_loss_of_the_best_predictor_is_what_cannot_be_known(t):
-    """For x_0 ~ N(0, s²) eps and x_t are jointly Gaussian: E[eps | x_t] = √(1-α̅) x_t / v with v = α̅ s² + 1 - α̅,
-    and what stays unknown of eps has the variance 1 - (1-α̅)/v = α̅ s² / v.
+def test_loss_of_the_best_predictor_is_what_cannot_be_known(prediction, t):
+    """For x_0 ~ N(0, s²) all is jointly Gaussian, and x_t has the variance u = α̅ s² + 1 - α̅.
+
+    The noise has the covariance √(1-α̅) with x_t: the best guess is √(1-α̅) x_t / u, the unknown rest of it
+    1 - (1-α̅) / u = α̅ s² / u. For v the covariance is √(α̅(1-α̅)) (1 - s²), and the rest s² / u.
     """
-    diffusion, s, n = Diffusion(1000, "cosine"), 0.5, 100 * 32 * 32
-    alpha_bar = alpha_bar_by_hand(diffusion, t)
-    v = alpha_bar * s**2 + 1 - alpha_bar
+    diffusion, s, n = Diffusion(1000, "cosine", prediction=prediction), 0.5, 100 * 32 * 32
+    a = alpha_bar_by_hand(diffusion, t)
+    u = a * s**2 + 1 - a
+    covariance = {"noise": math.sqrt(1 - a), "v": math.sqrt(a * (1 - a)) * (1 - s**2)}[prediction]
+    least = {"noise": a * s**2 / u, "v": s**2 / u}[prediction]
     x0, eps = s * noise(100, 1, 32, 32), noise(100, 1, 32, 32, seed=1)
 
     def loss_of(factor: float) -> float:
-        model = lambda x_t, t: factor * math.sqrt(1 - alpha_bar) * x_t / v  # noqa: E731
-        return diffusion.loss(model, x0, at(t, 100), eps).item()
+        return diffusion.loss(lambda x_t, t: factor * covariance / u * x_t, x0, at(t, 100), eps).item()
 
-    least = alpha_bar * s**2 / v
     assert abs(loss_of(1) - least) < SIGMAS * least * math.sqrt(2 / n)
     assert loss_of(0.8) > loss_of(1)  # negative controls: any other factor does worse
     assert loss_of(1.2) > loss_of(1)

@@ -1,6 +1,6 @@
 """`src/samplers.py` where the answer is known exactly, against each other, and against diffusers.
 
-The known answer: for Gaussian data x_0 ~ N(μ, s²) the best noise predictor has a closed form, and a sampler is a
+The known answer: for Gaussian data x_0 ~ N(μ, s²) the best prediction has a closed form, and a sampler is then a
 chain of affine maps of its noises. So is the whole: x = m + a x_T + Σ r_k z_k, which is N(m, a² + Σ r_k²), and
 feeding it zeros and single ones reads off m, a and every r_k, without any statistics.
 """
@@ -21,6 +21,7 @@ from src.samplers import SAMPLERS, ddim, ddpm, time_grid
 from src.utils import ImageNoise
 
 SCHEDULES = ["linear", "cosine"]
+PREDICTIONS = ["noise", "v"]
 MU, S = 0.2, 0.15  # the Gaussian data; clipping at ±1 is more than 5 s away
 VARIANTS = {  # sampler, and the eta that it stands for in the exact recursion
     "ddpm": (ddpm, 1.0),
@@ -28,6 +29,7 @@ VARIANTS = {  # sampler, and the eta that it stands for in the exact recursion
     "ddim, eta 0.5": (partial(ddim, eta=0.5), 0.5),
     "ddim, eta 1": (partial(ddim, eta=1.0), 1.0),
 }
+THEIR_NAME = {"noise": "epsilon", "v": "v_prediction"}  # of a prediction, in diffusers
 Law = tuple[float, float]  # mean and standard deviation of a Gaussian
 
 
@@ -51,20 +53,24 @@ def last(states: Iterator[Tensor]) -> Tensor:
 
 
 def wild(x_t: Tensor, t: Tensor) -> Tensor:
-    """A nonlinear noise predictor, so far from any true one that clipping is active all the way."""
+    """A nonlinear network, so far from any true prediction that clipping is active all the way."""
     t = t[:, None, None, None]
     return torch.sin(3 * x_t + t / 100) + 0.7 * x_t.roll(1, dims=-1) + 0.1
 
 
 def best_predictor(diffusion: Diffusion, mu: float = MU, s: float = S):
-    """E[eps | x_t] for x_0 ~ N(μ, s²): x_t has the variance α̅ s² + 1 - α̅, and the covariance √(1 - α̅) with eps."""
+    """E[eps | x_t], or E[v | x_t], for x_0 ~ N(μ, s²): x_t has the variance u = α̅ s² + 1 - α̅, and with eps the
+    covariance √(1 - α̅), with v √(α̅(1 - α̅)) (1 - s²).
+    """
 
-    def eps(x_t: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = diffusion.alpha_bar[t][:, None, None, None]
-        eps = (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + 1 - alpha_bar)
-        return eps.float()
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        a = diffusion.alpha_bar[t][:, None, None, None]
+        standard = (x_t - a.sqrt() * mu) / (a * s**2 + 1 - a)
+        if diffusion.prediction == "noise":
+            return ((1 - a).sqrt() * standard).float()
+        return ((a * (1 - a)).sqrt() * (1 - s**2) * standard - (1 - a).sqrt() * mu).float()
 
-    return eps
+    return predict
 
 
 def law(sampler, diffusion: Diffusion, steps: int, model=None, scale: float = 1.0) -> Law:
@@ -103,10 +109,11 @@ def recovers_the_data(found: Law) -> bool:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("steps", [2, 10, 50, 400])
-def test_samplers_follow_their_exact_law(schedule, variant, steps):
-    diffusion = Diffusion(400, schedule)
+def test_samplers_follow_their_exact_law(schedule, prediction, variant, steps):
+    diffusion = Diffusion(400, schedule, prediction=prediction)
     sampler, eta = VARIANTS[variant]
     assert law(sampler, diffusion, steps) == pytest.approx(exact_law(diffusion, steps, eta), rel=1e-4, abs=1e-5)
 
@@ -187,12 +194,16 @@ def test_ddim_with_eta_1_is_finite_on_every_grid(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40)])
-def test_ddpm_equals_diffusers(schedule, time_steps, steps):
-    diffusion, x_t = Diffusion(time_steps, schedule), noise(2, 1, 8, 8)
+def test_ddpm_equals_diffusers(schedule, prediction, time_steps, steps):
+    diffusion, x_t = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8)
     ours = ddpm(wild, diffusion, x_t, stream(2, 1, 8, 8), steps)
     theirs = DDPMScheduler(
-        num_train_timesteps=time_steps, trained_betas=diffusion.betas.numpy(), variance_type="fixed_small"
+        num_train_timesteps=time_steps,
+        trained_betas=diffusion.betas.numpy(),
+        variance_type="fixed_small",
+        prediction_type=THEIR_NAME[prediction],
     )
     theirs.set_timesteps(timesteps=[t for t, _ in time_grid(diffusion, steps)])
     generator = torch.Generator().manual_seed(1)
@@ -202,12 +213,17 @@ def test_ddpm_equals_diffusers(schedule, time_steps, steps):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40)])
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_ddim_equals_diffusers(schedule, time_steps, steps, eta):
-    diffusion, x_t, clipped = Diffusion(time_steps, schedule), noise(2, 1, 8, 8), []
+def test_ddim_equals_diffusers(schedule, prediction, time_steps, steps, eta):
+    diffusion, x_t, clipped = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8), []
     ours = ddim(wild, diffusion, x_t, stream(2, 1, 8, 8), steps, eta=eta)
-    theirs = DDIMScheduler(num_train_timesteps=time_steps, trained_betas=diffusion.betas.numpy())
+    theirs = DDIMScheduler(
+        num_train_timesteps=time_steps,
+        trained_betas=diffusion.betas.numpy(),
+        prediction_type=THEIR_NAME[prediction],
+    )
     theirs.set_timesteps(1)
     draw = stream(2, 1, 8, 8)
     for (t, s), x in zip(time_grid(diffusion, steps), ours, strict=True):
