@@ -104,10 +104,12 @@ class Trainer:
             setattr(self, name, state[name])
         self.loss_sum = self.loss_sum.to(self.device)
 
-    def save(self, name: str) -> None:
-        checkpoint.save(Path(self.args.checkpoint_path) / name, self.state())
+    def save(self, name: str) -> Path:
+        path = Path(self.args.checkpoint_path) / name
+        checkpoint.save(path, self.state())
         if name == "latest.pth":
             self.saved_at = time.monotonic()
+        return path
 
     def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
@@ -169,8 +171,8 @@ class Trainer:
         utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
         if samples is not None:
             utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
-        train_loss, mark = self.history["train"][-1], " (best so far)" if improved else ""
-        log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, train_loss, val_loss, mark)
+        losses = self.history["train"][-1], val_loss
+        log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, *losses, " (best)" * improved)
 
     @torch.inference_mode()
     def validate(self, signals: StopSignals) -> float:
@@ -207,17 +209,15 @@ class Trainer:
                     self.train_epoch(monitor, signals)
                     self.finish_epoch(monitor, signals)
             except Interrupted as stop:
-                self.save("latest.pth")
-                latest = Path(args.checkpoint_path) / "latest.pth"
+                latest = self.save("latest.pth")
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, self.step, latest)
                 return 128 + stop.number
-            self.save("final.pth")
-        log.info("done: %s; next: python sample.py, python eval.py", Path(args.checkpoint_path) / "final.pth")
+            final = self.save("final.pth")
+        log.info("done: %s; next: python sample.py, python eval.py", final)
         return 0
 
 
-def describe(trainer: Trainer) -> str:
-    """The run in a few lines for people."""
+def describe(trainer: Trainer) -> str:  # for people, in a few lines
     args, count = trainer.args, sum(p.numel() for p in trainer.model.parameters())
     return (
         f"device   {utils.describe_device(trainer.device, trainer.precision)}\n"
@@ -240,12 +240,11 @@ def clear_old_run(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    places = {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
-    utils.make_directories(places)
+    utils.make_directories({name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")})
     with lock.hold(Path(args.checkpoint_path)):
-        if args.fresh:
-            clear_old_run(args)
         trainer = Trainer(args)
+        if args.fresh:  # only now: a run that cannot start must not cost the old one
+            clear_old_run(args)
         latest = Path(args.checkpoint_path) / "latest.pth"
         if latest.exists():
             trainer.resume(latest)

@@ -4,6 +4,8 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
 affair.
 """
 
+import contextlib
+import io
 import os
 import pickle
 import zipfile
@@ -27,18 +29,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written (no space, no permission, not a directory).
     """
+    torch.save({"program": PROGRAM, "format": FORMAT, **state}, content := io.BytesIO())  # fails only out of memory
     temporary = path.with_name(path.name + ".tmp")  # one name for ever: a leftover is overwritten, not collected
     try:
         with open(temporary, "wb") as file:
-            torch.save({"program": PROGRAM, "format": FORMAT, **state}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_directory(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path} ({_first_line(error)}): free space or choose another path") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another path") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed; or, where nothing can be written, nothing can be removed
+            temporary.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -53,6 +57,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load checks no CRC: without this a flipped bit is a wrong weight
+            for entry in archive.infolist():  # nor this: of a "directory" it reads nothing, and gives unset memory
+                damaged = damaged or (entry.filename if entry.external_attr else None)
         if damaged is not None:
             raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or delete it")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: no code runs from the file
@@ -62,8 +68,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or delete it") from error
     if not isinstance(state, dict) or state.get("program") != PROGRAM:
         raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
-    if not isinstance(state.get("format"), int) or state["format"] > FORMAT:
-        raise UserError(f"{path} has format {state['format']}, newer than this program's {FORMAT}: update the program")
+    version = state.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise UserError(f"{path} has format {version}, unknown to this program, which reads {FORMAT}: update it")
     if not _finite(state):
         raise UserError(f"{path} holds weights that are not numbers (NaN or infinite): restore an earlier one")
     return state

@@ -103,8 +103,7 @@ class Diffusion:
 
     def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """β̃, the variance of q(x_s | x_t, x_0) for s < t, float32 (B,1,1,1); with s = t - 1, Ho et al.'s eq. 7."""
-        alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
-        return _per_image((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+        return _per_image(self._beta_tilde(t, s))
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """μ̃, the mean of q(x_s | x_t, x_0) for s < t, (B,C,H,W); with s = t - 1, Ho et al.'s eq. 7.
@@ -118,9 +117,23 @@ class Diffusion:
         of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         return _per_image(of_x0) * x0 + _per_image(of_x_t) * x_t
 
+    def ddim_noise(self, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """Factors of the fresh noise and of eps in DDIM's step from t to s < t, float32 (B,1,1,1) each.
+
+        They are σ (Song et al. 2021, eq. 16) and √(1 - α̅_s - σ²) (eq. 12). With eta near 1 and t near T the
+        difference is too small for float32, which may round it below 0.
+        """
+        variance = eta**2 * self._beta_tilde(t, s)
+        return _per_image(variance.sqrt()), _per_image((1 - self._alpha_bar_or_one(s) - variance).clamp(min=0).sqrt())
+
     def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The mean squared error of the prediction, a scalar; of the noise, it is L_simple (Ho et al., eq. 14)."""
         return F.mse_loss(network(self.q_sample(x0, t, eps), t), self.target(x0, t, eps))
+
+    def _beta_tilde(self, t: Tensor, s: Tensor) -> Tensor:
+        """(B,) float64."""
+        alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
+        return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 
     def _alpha_bar_or_one(self, t: Tensor) -> Tensor:
         """α̅_t, (B,) float64; 1 where t = -1, before the first noise."""

@@ -33,7 +33,7 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
     except UserError as error:
         message, status = str(error), error.status
     except OSError as error:
-        message, status = f"{error.filename}: {error.strerror}; free space or choose another place", 1
+        message, status = f"{error}; free space or choose another place", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except Exception as error:

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION_RESOLUTIONS = (
-    16,
-    8,
-)  # feature maps of this height get self-attention (Ho et al. use 16; the middle has it too)
+ATTENTION_RESOLUTIONS = (16, 8)  # maps of this height get self-attention, beside the middle (Ho et al.: 16)
 SEPARABLE_BELOW = 8  # from this height down, 3×3 convolutions are depthwise-separable
 HEAD_WIDTH = 32  # channels of one attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
@@ -74,7 +71,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // HEAD_WIDTH)
+        most = max(1, channels // HEAD_WIDTH)
+        self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)  # heads of equal width
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -134,8 +132,8 @@ class UNet(nn.Module):
         self.middle_out = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
         self.up = nn.ModuleList(Level(2 * c, c, time_width, size) for c, size in zip(widths, sizes, strict=True))
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, dim)
-        self.conv_out = nn.Conv2d(dim, channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of what is to be predicted
         nn.init.zeros_(self.conv_out.bias)
 

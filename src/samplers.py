@@ -47,9 +47,9 @@ def ddim(
     for t, s in _batched(time_grid(diffusion, steps), x_T):
         x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
         eps = diffusion.predict_eps(x_t, t, x0)  # not the network's own: clipping moved x0, and eps must follow
-        sigma = eta * diffusion.posterior_variance(t, s).sqrt()  # eq. 16
-        signal, noise = diffusion.signal_and_noise(s)
-        x_t = signal * x0 + (noise**2 - sigma**2).sqrt() * eps  # eq. 12
+        signal, _ = diffusion.signal_and_noise(s)
+        sigma, direction = diffusion.ddim_noise(t, s, eta)
+        x_t = signal * x0 + direction * eps  # eq. 12
         if eta > 0 and s[0] >= 0:
             x_t = x_t + sigma * draw()
         yield x_t

@@ -19,7 +19,7 @@ from src.errors import UserError
 
 STATE = {
     "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0},
-    "model": {"weight": torch.arange(600.0).view(20, 30), "bias": torch.tensor([float("nan"), float("-inf")])[1:]},
+    "model": {"weight": torch.arange(600.0).view(20, 30), "bias": torch.tensor([2.0, -0.0])[1:]},
     "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
     "rng": {"cpu": torch.get_rng_state(), "cuda": []},
     "history": {"train": [0.5, 0.25], "val": []},
@@ -50,6 +50,13 @@ def refusal(path: Path) -> str:
 
 def test_what_was_saved_comes_back_to_the_last_bit(path):
     assert not differences(checkpoint.load(path), {**HEADER, **STATE})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(number, tmp_path):
+    path = tmp_path / "latest.pth"
+    checkpoint.save(path, {"optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, number])}}}})
+    assert "not numbers" in refusal(path)
 
 
 def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
@@ -123,6 +130,12 @@ def test_a_newer_format_is_refused_with_both_numbers(tmp_path):
     torch.save({**HEADER, "format": newer}, tmp_path / "future.pth")
     message = refusal(tmp_path / "future.pth")
     assert str(newer) in message and str(checkpoint.FORMAT) in message and "update" in message
+
+
+@pytest.mark.parametrize("header", [{}, {"format": "2"}, {"format": None}], ids=["none", "text", "nothing"])
+def test_a_file_without_a_format_number_is_refused(header, tmp_path):
+    torch.save({"program": checkpoint.PROGRAM, **header}, tmp_path / "odd.pth")
+    refusal(tmp_path / "odd.pth")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
@@ -237,7 +250,7 @@ def test_a_full_disk_costs_one_line_and_never_the_old_file(path):
         "import sys, torch, resource; from pathlib import Path; from src import checkpoint, errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "state = {'weights': torch.zeros(1_000_000)}\n"
-        "errors.run(lambda: checkpoint.save(Path('latest.pth'), state), 'train.py')"
+        "errors.run(lambda: checkpoint.save(Path('latest.pth'), state), 'train.py', quiet=False)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=path.parent, env=ENVIRONMENT, capture_output=True, text=True

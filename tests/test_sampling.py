@@ -1,9 +1,11 @@
 """From a checkpoint to pictures: their numbers, which depend on seed and flags alone, and their files."""
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,13 +256,13 @@ def test_a_missing_checkpoint_is_one_line_on_stderr_and_status_1(tmp_path):
 
 @pytest.fixture
 def refusal(capsys) -> Callable[..., str]:
-    """`refusal(script, *flags)` must exit with status 1 and one line on stderr: that line."""
+    """`refusal(status, script, *flags)` must exit with this status and one line on stderr: that line."""
 
-    def run(script, *flags: object) -> str:
+    def run(status: int, script: ModuleType, *flags: object) -> str:
         with pytest.raises(SystemExit) as stop:
-            errors.run(lambda: script.main(arguments(script, *flags)), f"{script.__name__}.py")
+            errors.run(lambda: script.main(arguments(script, *flags)), f"{script.__name__}.py", quiet=False)
         error = capsys.readouterr().err
-        assert stop.value.code == 1
+        assert stop.value.code == status
         assert error.startswith(f"{script.__name__}.py: error: ") and error.count("\n") == 1
         return error
 
@@ -268,7 +270,7 @@ def refusal(capsys) -> Callable[..., str]:
 
 
 def test_eval_refuses_a_missing_checkpoint_likewise(refusal, tmp_path):
-    assert "nowhere.pth" in refusal(evaluate, "--checkpoint", "nowhere.pth", "--output_dir", tmp_path / "eval")
+    assert "nowhere.pth" in refusal(1, evaluate, "--checkpoint", "nowhere.pth", "--output_dir", tmp_path / "eval")
     assert not list(tmp_path.iterdir())
 
 
@@ -277,26 +279,40 @@ def test_more_steps_than_the_model_has_timesteps_are_refused_with_both_numbers(
     script, refusal, random_model, tmp_path
 ):
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path / "out", "--steps", 41]
-    message = refusal(script, *flags)
+    message = refusal(2, script, *flags)
     assert "41" in message and "40" in message
     assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_without_raw_weights_says_so(refusal, random_model, tmp_path):
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--raw_weights"]
-    assert "no raw weights" in refusal(sample, *flags)
+    assert "no raw weights" in refusal(1, sample, *flags)
 
 
 def test_a_place_that_cannot_be_written_is_refused(refusal, random_model, tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path / "file"]
-    assert "--output_dir" in refusal(sample, *flags)
+    assert "--output_dir" in refusal(2, sample, *flags)
 
 
 def test_a_picture_that_cannot_be_written_is_one_line_too(refusal, random_model, tmp_path):
     (tmp_path / "grid.png").mkdir()
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--num_samples", 1, "--steps", 1]
-    assert "grid.png" in refusal(sample, *flags)
+    assert "grid.png" in refusal(1, sample, *flags)
+
+
+def test_a_disk_that_fills_up_is_named_even_where_the_system_names_no_file(
+    refusal, random_model, tmp_path, monkeypatch
+):
+    """Opening a file tells its name when it fails; writing to it does not."""
+
+    def fail(image: Tensor, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(utils, "save_png", fail)
+    flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--num_samples", 1, "--steps", 1]
+    message = refusal(1, sample, *flags)
+    assert "No space left on device" in message and "None" not in message
 
 
 @pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--eta", "0.5"]], ids=" ".join)
@@ -315,5 +331,5 @@ def test_an_impatient_user_gets_one_line_and_status_130(random_model, tmp_path, 
     monkeypatch.setattr(pipeline, "to_uint8", interrupt)
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--steps", 1]
     with pytest.raises(SystemExit) as stop:
-        errors.run(lambda: sample.main(arguments(sample, *flags)), "sample.py")
-    assert (stop.value.code, capsys.readouterr().err) == (130, "sample.py: interrupted\n")
+        errors.run(lambda: sample.main(arguments(sample, *flags)), "sample.py", quiet=False)
+    assert (stop.value.code, capsys.readouterr().err) == (130, "sample.py: error: interrupted\n")

@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import train
-from src import checkpoint, errors
+from src import checkpoint, errors, lock
 from src.ema import EMA
 from src.interrupt import StopSignals
 
@@ -28,13 +29,13 @@ CHECKS = STEPS + 2 + 3  # how often an epoch asks whether to stop: steps, valida
 
 @pytest.fixture
 def failing(quick, capsys) -> Callable[..., str]:
-    """`failing(name, *flags)` is `quick` where it must exit with status 1 and one line on stderr: that line."""
+    """`failing(status, name, *flags)`: `quick`, which must exit with this status and the one line that is returned."""
 
-    def run(name: str, *flags: object) -> str:
+    def run(status: int, name: str, *flags: object) -> str:
         with pytest.raises(SystemExit) as stop:
-            errors.run(lambda: quick(name, *flags), "train.py")
+            errors.run(lambda: quick(name, *flags), "train.py", quiet=False)
         error = capsys.readouterr().err
-        assert stop.value.code == 1
+        assert stop.value.code == status
         assert error.startswith("train.py: error: ") and error.count("\n") == 1
         return error
 
@@ -100,6 +101,26 @@ def test_images_reach_the_network_normalised_once(quick, monkeypatch):
 
 
 @pytest.fixture
+def power_cut(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
+    """`with power_cut(step)`: training dies before it can do the step after `step`."""
+
+    @contextmanager
+    def cut(step: int) -> Iterator[None]:
+        train_step = train.Trainer.train_step
+
+        def fatal_step(self: train.Trainer, x0: Tensor) -> tuple[Tensor, Tensor]:
+            if self.step == step:
+                raise RuntimeError("power cut")
+            return train_step(self, x0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "train_step", fatal_step)
+            yield
+
+    return cut
+
+
+@pytest.fixture
 def validation(monkeypatch) -> Callable[..., None]:
     """`validation(*losses)`: what the coming epochs' validation shall find."""
 
@@ -132,6 +153,16 @@ def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick,
     ]
 
 
+def test_what_a_crash_can_cost_is_bounded_by_time(quick, saved, once, power_cut):
+    """`--save_minutes 0` saves after every step, so nothing at all is lost here."""
+    flags = ["--epochs", 2, "--save_minutes", 0]
+    with power_cut(STEPS + 2), pytest.raises(RuntimeError, match="power cut"):
+        quick("run", *flags)
+    assert (saved("run")["epoch"], saved("run")["batch"]) == (1, 2)
+    quick("run", *flags)
+    assert not differences(saved("run", "final.pth"), once(*flags)["final.pth"])
+
+
 def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, validation):
     validation(0.5)
     quick("run", "--epochs", 1)
@@ -160,7 +191,7 @@ def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
 def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, saved):
     quick("run", "--epochs", 1)
     good = saved("run")
-    assert "--learning_rate" in failing("run", "--epochs", 3, "--learning_rate", "1e30")
+    assert "--learning_rate" in failing(1, "run", "--epochs", 3, "--learning_rate", "1e30")
     assert not differences(saved("run"), good)
     assert all(w.isfinite().all() for w in saved("run", "best.pth")["ema"].values())
 
@@ -278,9 +309,9 @@ def test_a_second_signal_quits_at_once_without_saving(quick, tmp_path, monkeypat
 
     monkeypatch.setattr(train.Trainer, "train_step", impatient)
     with pytest.raises(SystemExit) as stop:
-        errors.run(lambda: quick("run", "--epochs", 1), "train.py")
+        errors.run(lambda: quick("run", "--epochs", 1), "train.py", quiet=False)
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "train.py: interrupted\n"
+    assert capsys.readouterr().err == "train.py: error: interrupted\n"
     assert not (tmp_path / "run/checkpoint/latest.pth").exists()
 
 
@@ -385,19 +416,10 @@ def scalars(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_run_that_was_killed_and_resumed_draws_every_step_once(quick, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_and_resumed_draws_every_step_once(quick, tmp_path, power_cut):
     """Killed in its second epoch, it does again the steps since its last save; the old points of these are hidden."""
-    train_step = train.Trainer.train_step
-
-    def power_cut(self: train.Trainer, x0: Tensor) -> tuple[Tensor, Tensor]:
-        if self.step == STEPS + 2:
-            raise RuntimeError("power cut")
-        return train_step(self, x0)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", power_cut)
-        with pytest.raises(RuntimeError, match="power cut"):
-            quick("run", "--epochs", 3)
+    with power_cut(STEPS + 2), pytest.raises(RuntimeError, match="power cut"):
+        quick("run", "--epochs", 3)
     assert scalars(tmp_path / "run")["loss/train"] == [1, 2, 3, 4, 5, 6]
     quick("run", "--epochs", 3)
     curves = scalars(tmp_path / "run")
@@ -416,7 +438,7 @@ def test_log_every_thins_the_curves(quick, tmp_path):
 def test_a_resume_with_other_settings_is_refused_with_both_values(quick, failing, saved):
     quick("run", "--epochs", 1)
     before = saved("run")
-    message = failing("run", "--epochs", 2, "--unet_dim", 16, "--schedule_type", "linear", "--seed", 3)
+    message = failing(2, "run", "--epochs", 2, "--unet_dim", 16, "--schedule_type", "linear", "--seed", 3)
     for sentence in (
         "UNET_DIM was 8 and is now 16",
         "SCHEDULE_TYPE was 'cosine' and is now 'linear'",
@@ -436,14 +458,14 @@ def test_a_damaged_latest_is_refused_and_left_as_it_is(quick, failing, tmp_path)
     quick("run", "--epochs", 1)
     latest = tmp_path / "run/checkpoint/latest.pth"
     latest.write_bytes(latest.read_bytes()[:5000])
-    assert str(latest) in failing("run", "--epochs", 2)
+    assert str(latest) in failing(1, "run", "--epochs", 2)
     assert latest.stat().st_size == 5000
 
 
 def test_fresh_is_refused_where_a_run_would_be_lost(quick, failing, saved):
     quick("run", "--epochs", 1)
     before = {name: saved("run", f"{name}.pth") for name in ("latest", "best", "final")}
-    message = failing("run", "--epochs", 1, "--fresh")
+    message = failing(2, "run", "--epochs", 1, "--fresh")
     assert "--overwrite" in message and all(f"{name}.pth" in message for name in before)
     assert not differences({name: saved("run", f"{name}.pth") for name in before}, before)
 
@@ -458,13 +480,22 @@ def test_fresh_with_overwrite_deletes_nothing_if_the_new_run_cannot_start(quick,
     quick("run", "--epochs", 1)
     before = saved("run")
     for flags in (["--dataset", "fashion-mnist-large"], ["--batch_size", 5000]):
-        failing("run", "--fresh", "--overwrite", *flags)
+        failing(2, "run", "--fresh", "--overwrite", *flags)
         assert (tmp_path / "run/checkpoint/latest.pth").exists(), flags
         assert not differences(saved("run"), before)
 
 
+def test_two_trainings_never_write_to_the_same_place(quick, failing, tmp_path):
+    directory = tmp_path / "run/checkpoint"
+    directory.mkdir(parents=True)
+    with lock.hold(directory):
+        message = failing(2, "run", "--epochs", 1, "--fresh", "--overwrite")
+        assert f"process {os.getpid()} " in message and str(directory) in message
+    assert quick("run", "--epochs", 1) == 0
+
+
 def test_too_few_images_are_refused_with_the_numbers_to_change(failing):
-    message = failing("run", "--batch_size", 50)
+    message = failing(2, "run", "--batch_size", 50)
     assert "60 training images" in message and "--val_size 20" in message and "--batch_size 50" in message
 
 
@@ -473,7 +504,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(path, failing
     monkeypatch.setattr(train.Trainer, "train_step", None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / path).write_text("a file where the directory belongs")
-    assert f"--{path}_path" in failing("run")
+    assert f"--{path}_path" in failing(2, "run")
 
 
 def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_path, monkeypatch):
@@ -485,7 +516,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_pa
         return sample_grid(self, signals)
 
     monkeypatch.setattr(train.Trainer, "sample_grid", clean_up)
-    assert "samples_epoch_0001.png" in failing("run", "--epochs", 1)
+    assert "samples_epoch_0001.png" in failing(1, "run", "--epochs", 1)
     assert saved("run")["epoch"] == 1  # what could be saved was saved before
 
 
