@@ -231,10 +231,8 @@ def clear_old_run(args: argparse.Namespace) -> None:
     """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
     old = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
     if old and not args.overwrite:
-        raise errors.SettingError(
-            f"--fresh would lose {', '.join(map(str, old))}: add --overwrite to delete them, or give another "
-            "--checkpoint_path"
-        )
+        names = ", ".join(map(str, old))
+        raise errors.SettingError(f"--fresh would lose {names}: add --overwrite, or give another --checkpoint_path")
     for path in old:
         path.unlink()
 
