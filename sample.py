@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
 
+import itertools
 import logging
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
     images: list[Tensor] = []
     frames: list[Tensor] = []  # of the first batch, as grids
     steps = generator.steps * -(-args.num_samples // args.batch_size)
+    step = itertools.count(1)  # the bar does not count where it is not shown
     with utils.progress(log, total=steps, unit="step", desc="sampling") as bar:
 
         def on_step(x_t: Tensor) -> None:
             bar.update()
-            if args.gif and not images and bar.n % max(1, generator.steps // GIF_FRAMES) == 0:
+            if args.gif and not images and next(step) % max(1, generator.steps // GIF_FRAMES) == 0:
                 frames.append(utils.image_grid(utils.to_uint8(x_t)))
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
