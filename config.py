@@ -23,7 +23,7 @@ EPOCHS = 200  # passes over the training images
 GRAD_CLIP = 1.0  # largest norm of the gradient
 EMA_DECAY = 0.995  # weight of the past in the moving average of the weights, updated every step
 SEED = 0  # of weights, data order and noise
-PRECISION = "auto"  # float32, bfloat16, or auto: bfloat16 where the device has matrix units for it
+PRECISION = "auto"  # of training: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
 
 # U-Net
 UNET_DIM = 32  # channels at full resolution
@@ -42,7 +42,7 @@ SAMPLER = "ddim"  # ddpm (ancestral) or ddim
 STEPS = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for ddim
 ETA = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS = 10  # frames of an interpolation, both ends included
-EVAL_SAMPLES = 1000  # images that eval.py generates
+EVAL_SAMPLES = 1000  # eval.py's default for --num_samples
 
 # Saving and logging
 SAVE_EVERY = 5  # epochs between writes of latest.pth
@@ -62,7 +62,7 @@ POSITIVE = (lambda v: v >= 1, "at least 1")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "VAL_SIZE": POSITIVE,
     "IMAGE_SIZE": POSITIVE,
-    "CHANNELS": POSITIVE,
+    "CHANNELS": (lambda v: v == 1, "1: the data sets are grayscale"),
     "BATCH_SIZE": POSITIVE,
     "LEARNING_RATE": (lambda v: 0 < v < math.inf, "a positive number, such as 1e-3"),
     "EPOCHS": POSITIVE,
@@ -100,6 +100,12 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
         ("IMAGE_SIZE", "UNET_DIM_MULTS"),
         lambda size, mults: size % 2 ** (len(mults) - 1) == 0,
         "IMAGE_SIZE must be divisible by 2^(levels - 1), for each level but the last halves the image",
+    ),
+    (("STEPS", "TIME_STEPS"), lambda steps, time_steps: steps <= time_steps, "STEPS must be at most TIME_STEPS"),
+    (
+        ("SCHEDULE_TYPE", "BETA_START", "BETA_END"),
+        lambda schedule, *ends: schedule == "linear" or ends == (BETA_START, BETA_END),
+        "BETA_START and BETA_END are for SCHEDULE_TYPE linear only",
     ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
 ]
@@ -182,8 +188,8 @@ def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]
     """The settings (lower-case names) that differ and may not on resume, a sentence each with both values."""
     return [
         f"{name.upper()} was {saved[name]!r} and is now {wanted[name]!r}"
-        for name in saved.keys() & wanted.keys()
-        if saved[name] != wanted[name] and name.upper() not in FREE_ON_RESUME
+        for name in saved
+        if name in wanted and saved[name] != wanted[name] and name.upper() not in FREE_ON_RESUME
     ]
 
 

@@ -65,7 +65,7 @@ def protocol(
         "device": utils.describe_device(generator.device, torch.float32),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "torchmetrics", "torch-fidelity")},
+            **{name: version(name) for name in ("numpy", "torch", "torchvision", "torchmetrics", "torch-fidelity")},
         },
     }
 
@@ -74,10 +74,12 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
     """The scores and how they were had, for people."""
     inception_score = "unavailable"
     if scores["inception_score_mean"] is not None:
-        inception_score = f"{scores['inception_score_mean']:.3f} ± {scores['inception_score_std']:.3f}"
+        inception_score = f"{scores['inception_score_mean']:.3f}"
+    if scores["inception_score_std"] is not None:
+        inception_score += f" ± {scores['inception_score_std']:.3f}"
     made, reference = about["generated"], about["reference"]
     rows = [
-        ("FID (lower is better)", f"{scores['fid']:.2f}"),
+        ("FID (lower is better)", "unavailable" if scores["fid"] is None else f"{scores['fid']:.2f}"),
         ("Inception Score (higher)", inception_score),
         (
             "generated",
@@ -103,6 +105,7 @@ def main(args: argparse.Namespace) -> int:
 
     real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
+    about = protocol(args, generator, settings, len(real), extractor)  # now: a training may soon replace the file
     scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)
 
     images, start = [], time.perf_counter()
@@ -114,12 +117,12 @@ def main(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
 
     results = scores.compute()
-    about = protocol(args, generator, settings, len(real), extractor)
     (directory / "metrics.json").write_text(
         json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
     )
     utils.save_png(utils.image_grid(torch.cat(images)[:64]), directory / "grid.png")
-    log.info("%s\nwrote metrics.json and grid.png to %s", table(results, about), directory)
+    print(table(results, about))
+    log.info("wrote metrics.json and grid.png to %s", directory)
     return 0
 
 

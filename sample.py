@@ -17,6 +17,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.interpolate and (args.sampler != "ddim" or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim --eta 0")
+    if args.interp_steps != config.INTERP_STEPS and not args.interpolate:
+        parser.error("--interp_steps goes with --interpolate")
     return args
 
 

@@ -37,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from src import checkpoint, dataset, errors, lock, pipeline, utils
 from src.ema import EMA
 from src.interrupt import Interrupted, StopSignals
-from src.monitor import Monitor
+from src.monitor import Monitor, describe
 
 log = logging.getLogger("train")
 
@@ -82,13 +82,17 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": utils.rng_state(),
+            "rng": utils.rng_state(self.device),
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
 
     def resume(self, path: Path) -> None:
         """Take up the run in checkpoint `path`. Raises SettingError where it was trained with other settings."""
         state = checkpoint.load(path)
+        if "model" not in state or "optimizer" not in state:
+            raise errors.UserError(
+                f"{path} holds no training to resume: move it away, or give another --checkpoint_path"
+            )
         changed = config.changed_settings(state["settings"], vars(self.args))
         if changed:
             raise errors.SettingError(
@@ -99,7 +103,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that a flag may change
-        utils.set_rng_state(state["rng"])
+        utils.set_rng_state(state["rng"], self.device)
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         self.loss_sum = self.loss_sum.to(self.device)
@@ -132,7 +136,7 @@ class Trainer:
     def train_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
         """The batches that the epoch still lacks. On a signal raises Interrupted after a step, the state whole."""
         args = self.args
-        monitor.start_epoch(self.epoch + 1, args.epochs)
+        monitor.start_epoch(self.epoch + 1, args.epochs, self.step)
         batches = dataset.batches(
             self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, skip=self.batch
         )
@@ -164,6 +168,8 @@ class Trainer:
         monitor.show_validation(self.step, val_loss, samples)  # before saving: what a checkpoint counts is on disk
         if improved:
             self.save("best.pth")
+        if last:
+            self.save("final.pth")
         if epoch % args.save_every == 0 or last:
             self.save("latest.pth")
 
@@ -176,7 +182,7 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self, signals: StopSignals) -> float:
-        """L_simple of the averaged weights on the held-out images, with the same t and eps every time."""
+        """The loss of the averaged weights on the held-out images, with the same t and eps every time."""
         total, n = 0.0, len(self.held_out)
         generator = torch.Generator().manual_seed(self.args.seed)
         for first in range(0, n, self.args.batch_size):
@@ -212,19 +218,8 @@ class Trainer:
                 latest = self.save("latest.pth")
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, self.step, latest)
                 return 128 + stop.number
-            final = self.save("final.pth")
-        log.info("done: %s; next: python sample.py, python eval.py", final)
+        log.info("done: %s/final.pth; next: python sample.py, python eval.py", Path(args.checkpoint_path))
         return 0
-
-
-def describe(trainer: Trainer) -> str:  # for people, in a few lines
-    args, count = trainer.args, sum(p.numel() for p in trainer.model.parameters())
-    return (
-        f"device   {utils.describe_device(trainer.device, trainer.precision)}\n"
-        f"network  U-Net, {count:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
-        f"data     {args.dataset}: {len(trainer.images):,} images to train on, {len(trainer.held_out):,} held out\n"
-        f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
-    )
 
 
 def clear_old_run(args: argparse.Namespace) -> None:
@@ -246,7 +241,7 @@ def main(args: argparse.Namespace) -> int:
         latest = Path(args.checkpoint_path) / "latest.pth"
         if latest.exists():
             trainer.resume(latest)
-        log.info(describe(trainer))
+        log.info(describe(args, trainer.model, trainer.device, trainer.precision, len(trainer.images)))
         if trainer.step:
             log.info("RESUMING %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
         if trainer.epoch >= args.epochs:

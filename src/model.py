@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 ATTENTION_RESOLUTIONS = (16, 8)  # maps of this height get self-attention, beside the middle (Ho et al.: 16)
-SEPARABLE_BELOW = 8  # from this height down, 3×3 convolutions are depthwise-separable
+LARGEST_SEPARABLE = 8  # from this height down, 3×3 convolutions are depthwise-separable
 HEAD_WIDTH = 32  # channels of one attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
 
@@ -36,10 +36,10 @@ def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
     """A 3×3 convolution: dense on large maps, depthwise-separable on small ones.
 
     A dense one costs 9·c_in·c_out weights whatever the map's size. At 8×8 and 4×4, where the U-Net is widest,
-    those are nine tenths of the parameters and serve 64 pixels or 16; separating space (3×3 a channel) from
+    those would be three quarters of the parameters, to serve 64 pixels or 16; separating space (3×3 a channel) from
     channels (1×1) keeps the widths at a ninth of the cost.
     """
-    if resolution > SEPARABLE_BELOW:
+    if resolution > LARGEST_SEPARABLE:
         return nn.Conv2d(c_in, c_out, 3, padding=1)
     return nn.Sequential(nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), nn.Conv2d(c_in, c_out, 1))
 

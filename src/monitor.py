@@ -1,16 +1,31 @@
 """What people see of a running training: a progress bar and TensorBoard's curves and pictures."""
 
+import argparse
 import logging
 import time
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from src.utils import progress  # the one rule of when a bar is shown
+from src.utils import describe_device, progress  # how a device is named, and when a bar is shown
 
 log = logging.getLogger(__name__)
+
+
+def describe(
+    args: argparse.Namespace, model: nn.Module, device: torch.device, precision: torch.dtype, images: int
+) -> str:
+    """A training in a few lines: where and in which precision, of what, on how many images, and with which results."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"device   {describe_device(device, precision)}\n"
+        f"network  U-Net, {parameters:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
+        f"data     {args.dataset}: {images:,} images to train on, {args.val_size:,} held out\n"
+        f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
+    )
 
 
 class Monitor:
@@ -35,7 +50,7 @@ class Monitor:
             unit=" images",
             unit_scale=True,
         )
-        self.since = time.perf_counter()
+        self.since = time.perf_counter(), step  # when, and at which step, images/s began to be measured
 
     def __enter__(self) -> "Monitor":
         return self
@@ -44,27 +59,27 @@ class Monitor:
         self.bar.close()
         self.writer.close()
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
+    def start_epoch(self, epoch: int, epochs: int, step: int) -> None:
         """Name the epoch, from 1, in the bar, and start the clock behind images/s."""
         self.bar.set_description(f"epoch {epoch}/{epochs}")
-        self.since = time.perf_counter()
+        self.since = time.perf_counter(), step
 
     def count_step(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Take note of an optimiser step, and every `log_every` steps (only then is the device waited for) show it."""
+        """Take note of an optimiser step, and show it every `log_every` steps."""
         self.bar.update(self.batch_size)
         if step % self.log_every:
             return
-        now = time.perf_counter()
+        (before, first), now = self.since, time.perf_counter()
         scalars = {
             "loss/train": loss.item(),
             "gradient_norm": gradient_norm.item(),
             "learning_rate": learning_rate,
-            "images_per_second": self.log_every * self.batch_size / (now - self.since),
+            "images_per_second": (step - first) * self.batch_size / (now - before),
         }
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         self.bar.set_postfix(loss=f"{scalars['loss/train']:.4f}", refresh=False)
-        self.since = now
+        self.since = now, step
 
     def show_validation(self, step: int, loss: float, samples: Tensor | None) -> None:
         """The validation loss of an epoch that ended with `step`, and its picture (C,H,W) uint8, if it has one."""

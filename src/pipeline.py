@@ -42,8 +42,10 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
     """
     state = checkpoint.load(path)
     weights = "ema" if use_ema else "model"
-    if weights not in state:
-        raise UserError(f"{path} holds no {'averaged' if use_ema else 'raw'} weights: ask for the other kind")
+    if weights not in state or "settings" not in state:
+        raise UserError(
+            f"{path} holds no {'averaged' if use_ema else 'raw'} weights: give another file, or other weights"
+        )
     unet, diffusion = build(state["settings"], device)
     unet.load_state_dict(state[weights])
     return unet.eval().requires_grad_(False), diffusion, state["settings"]
@@ -77,8 +79,8 @@ class Generator:
     ) -> Iterator[Tensor]:
         """Images 0 to count - 1 of a seed, uint8 (B,C,H,W), a batch at a time.
 
-        Image i is the same whatever `count` and `batch_size` (but for float rounding, which may move a pixel by one
-        grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
+        Image i is the same whatever `count` and `batch_size` (but for float rounding, which on the CPU may
+        move a pixel by one grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
         """
         for first in range(0, count, batch_size):
             draw = ImageNoise(seed, range(first, min(first + batch_size, count)), self.shape, self.device)

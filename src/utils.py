@@ -36,7 +36,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
@@ -46,16 +47,17 @@ def describe_device(device: torch.device, precision: torch.dtype) -> str:
     return f"{device} ({name}), {str(precision).removeprefix('torch.')}"
 
 
-def rng_state() -> dict[str, Tensor | list[Tensor]]:
-    """The state of torch's global random generators, which training draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's global generators that training on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng_state(state: dict[str, Tensor | list[Tensor]]) -> None:
-    """Put back what `rng_state` returned; states of CUDA devices that are not here are left aside."""
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned; on another kind of device only the CPU's state can be."""
     torch.set_rng_state(state["cpu"])
-    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, index)
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def make_directories(places: Mapping[str, str]) -> list[Path]:

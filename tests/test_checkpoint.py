@@ -21,7 +21,7 @@ STATE = {
     "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0},
     "model": {"weight": torch.arange(600.0).view(20, 30), "bias": torch.tensor([2.0, -0.0])[1:]},
     "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
-    "rng": {"cpu": torch.get_rng_state(), "cuda": []},
+    "rng": {"cpu": torch.get_rng_state(), "cuda": torch.get_rng_state()},
     "history": {"train": [0.5, 0.25], "val": []},
     "best": float("inf"),
     "step": 7,

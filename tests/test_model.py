@@ -61,7 +61,7 @@ def test_default_network_has_about_two_million_parameters(unet):
 
 def test_dense_convolutions_throughout_would_cost_three_times_as_much(monkeypatch):
     """Negative control: it is the separable convolutions, and no narrower level, that keep the network small."""
-    monkeypatch.setattr(model_module, "SEPARABLE_BELOW", 0)
+    monkeypatch.setattr(model_module, "LARGEST_SEPARABLE", 0)
     assert parameters(UNet()) > 7e6
 
 

@@ -148,8 +148,8 @@ def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick,
         ("latest.pth", 2, 0.4),
         ("best.pth", 4, 0.3),
         ("latest.pth", 4, 0.3),
+        ("final.pth", 5, 0.3),  # before latest.pth, which says that nothing is left to do
         ("latest.pth", 5, 0.3),  # the last epoch is saved even where it is no multiple of save_every
-        ("final.pth", 5, 0.3),
     ]
 
 
@@ -425,6 +425,21 @@ def test_a_run_that_was_killed_and_resumed_draws_every_step_once(quick, tmp_path
     curves = scalars(tmp_path / "run")
     assert curves["loss/train"] == curves["gradient_norm"] == list(range(1, 3 * STEPS + 1))
     assert curves["loss/validation"] == [STEPS, 2 * STEPS, 3 * STEPS]
+
+
+def test_the_curves_are_on_disk_before_a_checkpoint_that_counts_their_steps(quick, tmp_path, monkeypatch):
+    """Else a power cut right after the save leaves a gap that the resumed run does not fill."""
+    save, behind = checkpoint.save, []
+
+    def spy(path: Path, state: dict[str, Any]) -> None:
+        curves = scalars(tmp_path / "run")
+        behind.append(state["step"] - len(curves["loss/train"]))
+        behind.append(state["epoch"] - len(curves.get("loss/validation", [])))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    quick("run", "--epochs", 1, "--save_minutes", 0)
+    assert behind == [0] * 2 * (STEPS - 1 + 3)  # the steps within the epoch; best, latest and final at its end
 
 
 def test_log_every_thins_the_curves(quick, tmp_path):
