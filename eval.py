@@ -102,6 +102,7 @@ def main(args: argparse.Namespace) -> int:
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
     generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
+    log.info("%s on %s: scoring %d images, %s", args.checkpoint, device, args.num_samples, generator.sampler)
 
     real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
