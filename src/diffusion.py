@@ -131,7 +131,7 @@ class Diffusion:
         return F.mse_loss(network(self.q_sample(x0, t, eps), t), self.target(x0, t, eps))
 
     def _beta_tilde(self, t: Tensor, s: Tensor) -> Tensor:
-        """(B,) float64."""
+        """β̃ (Ho et al., eq. 7) for any s < t, (B,) float64: callers round only what they make of it."""
         alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
         return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 

@@ -93,7 +93,7 @@ class Level(nn.Module):
         self.attention = Attention(c_out) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.attention(self.block(x, emb))
+        return self.attention(self.block(x, emb))  # (B, c_out, H, W)
 
 
 class UNet(nn.Module):
