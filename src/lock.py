@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.errors import SettingError  # a directory in use is something the user can mend
+from src.errors import UserError  # a directory in use is something the user can mend
 
 
 @contextmanager
@@ -16,14 +16,14 @@ def hold(directory: Path) -> Iterator[None]:
     The lock is the kernel's (flock), not the file's existence: however the owner dies, it is gone with it.
 
     Raises:
-        SettingError: another process owns the directory; the text names it.
+        UserError: another process owns the directory; the text names it.
     """
     with open(directory / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise SettingError(
+            raise UserError(
                 f"process {file.read().strip()} is training in {directory}: wait for it, stop it, or choose another "
                 "--checkpoint_path"
             ) from None
