@@ -170,13 +170,14 @@ class Trainer:
             self.save("best.pth")
         if last:
             self.save("final.pth")
-        if epoch % args.save_every == 0 or last:
-            self.save("latest.pth")
-
-        output = Path(args.output_path)
-        utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
-        if samples is not None:
-            utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
+        try:  # before latest.pth, for what that counts is never drawn again
+            output = Path(args.output_path)
+            utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
+            if samples is not None:
+                utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
+        finally:  # a picture that cannot be written costs no training
+            if epoch % args.save_every == 0 or last:
+                self.save("latest.pth")
         losses = self.history["train"][-1], val_loss
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, *losses, " (best)" * improved)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from src import checkpoint, dataset, utils
@@ -72,6 +73,12 @@ def read_png(path: Path) -> np.ndarray:
 def read_samples(directory: Path) -> np.ndarray:
     """The single images that sample.py wrote, (N, H, W) int."""
     return np.stack([read_png(path) for path in sorted(directory.glob("sample_*.png"))])
+
+
+def scalars(log_path: Path) -> dict[str, list[int]]:
+    """The steps of every curve that TensorBoard would draw."""
+    events = EventAccumulator(str(log_path / "tensorboard")).Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars
 from torch import Tensor
 
 import train
@@ -414,19 +413,13 @@ def test_pictures_come_at_their_epochs_and_fit_the_number_of_samples(quick, tmp_
 # ---- TensorBoard -------------------------------------------------------------------------------------------
 
 
-def scalars(folder: Path) -> dict[str, list[int]]:
-    """The steps of every curve that TensorBoard would draw."""
-    events = EventAccumulator(str(folder / "log/tensorboard")).Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def test_a_run_that_was_killed_and_resumed_draws_every_step_once(quick, tmp_path, power_cut):
     """Killed in its second epoch, it does again the steps since its last save; the old points of these are hidden."""
     with power_cut(STEPS + 2), pytest.raises(RuntimeError, match="power cut"):
         quick("run", "--epochs", 3)
-    assert scalars(tmp_path / "run")["loss/train"] == [1, 2, 3, 4, 5, 6]
+    assert scalars(tmp_path / "run/log")["loss/train"] == [1, 2, 3, 4, 5, 6]
     quick("run", "--epochs", 3)
-    curves = scalars(tmp_path / "run")
+    curves = scalars(tmp_path / "run/log")
     assert curves["loss/train"] == curves["gradient_norm"] == list(range(1, 3 * STEPS + 1))
     assert curves["loss/validation"] == [STEPS, 2 * STEPS, 3 * STEPS]
 
@@ -436,7 +429,7 @@ def test_the_curves_are_on_disk_before_a_checkpoint_that_counts_their_steps(quic
     save, behind = checkpoint.save, []
 
     def spy(path: Path, state: dict[str, Any]) -> None:
-        curves = scalars(tmp_path / "run")
+        curves = scalars(tmp_path / "run/log")
         behind.append(state["step"] - len(curves["loss/train"]))
         behind.append(state["epoch"] - len(curves.get("loss/validation", [])))
         save(path, state)
@@ -446,9 +439,23 @@ def test_the_curves_are_on_disk_before_a_checkpoint_that_counts_their_steps(quic
     assert behind == [0] * 2 * (STEPS - 1 + 3)  # the steps within the epoch; best, latest and final at its end
 
 
+def test_a_picture_is_on_disk_before_a_latest_that_counts_its_epoch(quick, tmp_path, monkeypatch):
+    """Else a run killed between the two never draws it."""
+    save, seen = checkpoint.save, []
+
+    def spy(path: Path, state: dict[str, Any]) -> None:
+        if path.name == "latest.pth":
+            seen.append(sorted(picture.name for picture in (tmp_path / "run/output").iterdir()))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    quick("run", "--epochs", 2)
+    assert seen == [["samples_epoch_0001.png"], ["samples_epoch_0001.png", "samples_epoch_0002.png"]]
+
+
 def test_log_every_thins_the_curves(quick, tmp_path):
     quick("run", "--epochs", 2, "--log_every", 3)
-    assert scalars(tmp_path / "run")["loss/train"] == [3, 6]
+    assert scalars(tmp_path / "run/log")["loss/train"] == [3, 6]
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
@@ -514,7 +521,7 @@ def test_two_trainings_never_write_to_the_same_place(quick, failing, tmp_path):
     directory = tmp_path / "run/checkpoint"
     directory.mkdir(parents=True)
     with lock.hold(directory):
-        message = failing(2, "run", "--epochs", 1, "--fresh", "--overwrite")
+        message = failing(1, "run", "--epochs", 1, "--fresh", "--overwrite")
         assert f"process {os.getpid()} " in message and str(directory) in message
     assert quick("run", "--epochs", 1) == 0
 
@@ -542,7 +549,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_pa
 
     monkeypatch.setattr(train.Trainer, "sample_grid", clean_up)
     assert "samples_epoch_0001.png" in failing(1, "run", "--epochs", 1)
-    assert saved("run")["epoch"] == 1  # what could be saved was saved before
+    assert saved("run")["epoch"] == 1  # what could be saved was saved all the same
 
 
 def test_a_finished_run_says_so_and_changes_nothing(quick, saved, caplog, monkeypatch):
