@@ -1,0 +1,245 @@
+"""SIGKILL for real: no moment of it damages a checkpoint, blocks the next run or changes what training ends with."""
+
+import itertools
+import multiprocessing
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, run_script, scalars
+
+from src import checkpoint, errors
+
+Save = Callable[[Path, dict[str, Any]], None]
+
+# ---- one file, written again and again ---------------------------------------------------------------------
+
+
+def numbered(count: int) -> dict[str, Any]:
+    """A state of 4 MB in which every number is `count`: of two that are mixed up, it shows."""
+    return {"count": count, "weights": [torch.full((250_000,), float(count)) for _ in range(4)]}
+
+
+def read_count(path: Path) -> int | None:
+    """The count of the `numbered` state in a file; None if it cannot be loaded or is a mixture."""
+    try:
+        state = checkpoint.load(path)
+    except errors.UserError:
+        return None
+    return state["count"] if all((w == state["count"]).all() for w in state["weights"]) else None
+
+
+def save_in_place(path: Path, state: dict[str, Any]) -> None:
+    """What everybody writes first, and the negative control of the tests below."""
+    torch.save({"program": checkpoint.PROGRAM, "format": checkpoint.FORMAT, **state}, path)
+
+
+def save_for_ever(save: Save, path: Path, first: int) -> None:
+    for count in itertools.count(first):
+        save(path, numbered(count))
+
+
+@contextmanager
+def saving(save: Save, path: Path, first: int) -> Iterator[BaseProcess]:
+    """A process that saves one count after the other; forked, since loading torch would take seconds each time."""
+    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(save, path, first))
+    process.start()
+    try:
+        yield process
+        assert process.is_alive(), "it ended by itself"
+    finally:
+        process.kill()
+        process.join()
+
+
+def counts_after_kills(save: Save, path: Path, rounds: int = 25) -> tuple[list[int | None], int]:
+    """What a file holds after each of many saving processes was killed at a random moment; None: nothing whole.
+
+    Also how many kills left a temporary file behind, which the next save has to clear away.
+    """
+    delays, found, leftovers = random.Random(0), [], 0
+    checkpoint.save(path, numbered(0))
+    for kill in range(rounds):
+        with saving(save, path, 1000 * kill + 1):
+            time.sleep(delays.uniform(0, 0.1))
+        found.append(read_count(path))
+        leftovers += path.with_name(path.name + ".tmp").exists()
+        checkpoint.save(path, numbered(1000 * (kill + 1)))
+        assert not path.with_name(path.name + ".tmp").exists()
+    return found, leftovers
+
+
+def test_a_save_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one_whole(tmp_path, one_thread):
+    found, leftovers = counts_after_kills(checkpoint.save, tmp_path / "latest.pth")
+    assert None not in found
+    assert all(1000 * kill <= count < 1000 * (kill + 1) for kill, count in enumerate(found))
+    assert leftovers > 0, "no kill hit a save, so the test proved nothing"
+
+
+def test_a_save_in_place_is_caught_by_the_same_kills(tmp_path, one_thread):
+    found, _ = counts_after_kills(save_in_place, tmp_path / "latest.pth")
+    assert None in found
+
+
+def counts_while_saving(save: Save, path: Path, reads: int = 150) -> list[int | None]:
+    """What a reader sees of a file that another process writes all the time."""
+    checkpoint.save(path, numbered(0))
+    with saving(save, path, 1):
+        return [read_count(path) for _ in range(reads)]
+
+
+def test_a_reader_sees_whole_checkpoints_in_their_order_while_another_process_saves(tmp_path, one_thread):
+    seen = counts_while_saving(checkpoint.save, tmp_path / "latest.pth")
+    assert None not in seen
+    assert seen == sorted(seen) and len(set(seen)) > 10
+
+
+def test_a_reader_of_a_save_in_place_sees_ruins(tmp_path, one_thread):
+    assert None in counts_while_saving(save_in_place, tmp_path / "latest.pth")
+
+
+# ---- train.py ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def training(folder: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
+    """A process of `command` in `folder`; both outputs are one pipe. Killed at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(start: str, process: subprocess.Popen[str]) -> None:
+    """Until the process prints a line that begins so."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
+            return
+    raise AssertionError("".join(lines))
+
+
+SHORT_EPOCHS = [*SMALL, *NETWORK, "--image_size", 28, "--val_size", 900, "--save_every", 1]  # of two steps each
+
+
+def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
+    flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", 3]
+    with training(tmp_path, ROOT / "train.py", *flags) as first:
+        wait_for("epoch 1/3", first)
+    assert first.returncode == -signal.SIGKILL
+    second = run_script("train.py", *flags, cwd=tmp_path)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert re.search(r"^RESUMING .* [12] of 3 epochs done", second.stdout, re.MULTILINE)
+    assert checkpoint.load(tmp_path / "checkpoints/final.pth")["epoch"] == 3
+
+
+def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_process(data, tmp_path):
+    flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", 10_000]
+    with training(tmp_path, ROOT / "train.py", *flags) as first:
+        wait_for("epoch 1/", first)
+        second = run_script("train.py", *flags, cwd=tmp_path)
+        assert first.poll() is None
+    assert (second.returncode, second.stdout) == (1, "")
+    message = rf"train\.py: error: process {first.pid} is training in checkpoints: wait .*--checkpoint_path\n"
+    assert re.fullmatch(message, second.stderr)
+
+
+# ---- fifty kills of one training ---------------------------------------------------------------------------
+
+# train.py as it is, in a process that notes on SIGUSR1 what it is at.
+WITNESS = """
+import faulthandler, runpy, signal, sys
+faulthandler.register(signal.SIGUSR1, open("stack", "w"), all_threads=False)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# A function, and what a process that is within it is at; the first one found decides.
+MOMENTS = {
+    "resume": "resuming",
+    "save": "saving",
+    "train_step": "in training steps",
+    "validate": "validating",
+    "sample_grid": "sampling",
+    "plot_losses": "drawing",
+    "save_png": "drawing",
+    "run": "between these",
+}
+
+
+def kill(process: subprocess.Popen[str], stack: Path) -> str:
+    """Kill a WITNESS that notes in the file `stack`; returns what it was at."""
+    if stack.exists():  # else it cannot answer yet
+        process.send_signal(signal.SIGUSR1)
+        while stack.stat().st_size == 0:
+            assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)  # for the rest of the note
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    note = stack.read_text() if stack.exists() else ""
+    functions = re.findall(r"/(?:train|src/utils)\.py\", line \d+ in (\w+)", note)
+    return next((moment for name, moment in MOMENTS.items() if name in functions), "starting")
+
+
+@pytest.mark.slow
+def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path):
+    """`--save_minutes 0` saves after every step. The summary that it prints is shown by pytest -s."""
+    often = "--save_minutes 0 --save_every 1 --sample_every 1 --log_every 1"
+    sizes = "--image_size 28 --val_size 400 --batch_size 20 --num_samples 20 --steps 15"  # each phase takes its time
+    flags = ["--data_path", data, *SMALL, *NETWORK, *often.split(), *sizes.split()]
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed.mkdir()
+    undisturbed.mkdir()
+    latest, delays, moments, steps, leftovers = killed / "checkpoints/latest.pth", random.Random(0), Counter(), [0], 0
+    for _ in range(50):
+        (killed / "stack").unlink(missing_ok=True)
+        with training(killed, "-c", WITNESS, ROOT / "train.py", *flags, "--epochs", 1000) as process:
+            if delays.random() < 0.85:  # else at its start
+                wait_for("results", process)  # the last line before it trains or resumes
+            time.sleep(delays.uniform(0, 2.5))
+            moments[kill(process, killed / "stack")] += 1
+        states = {path.name: checkpoint.load(path) for path in killed.glob("checkpoints/*.pth")}
+        steps.append(states["latest.pth"]["step"] if latest.exists() else 0)
+        leftovers += any(killed.glob("checkpoints/*.tmp"))
+
+    flags += ["--epochs", checkpoint.load(latest)["epoch"] + 1]
+    for folder in (killed, undisturbed):
+        done = run_script("train.py", *flags, cwd=folder)
+        assert (done.returncode, done.stderr) == (0, "")
+    for name in ("best.pth", "latest.pth", "final.pth"):
+        end, expected = (checkpoint.load(folder / "checkpoints" / name) for folder in (killed, undisturbed))
+        assert {**expected["settings"], "epochs": 1000} == {**end.pop("settings"), "epochs": 1000}, name
+        assert not differences(end, {part: expected[part] for part in end}), name
+    for folder in ("checkpoints", "outputs"):  # the same files, with no leftover
+        names = [{path.name for path in (run / folder).iterdir()} for run in (killed, undisturbed)]
+        assert names[0] == names[1]
+    curves = scalars(killed / "logs")
+    assert curves == scalars(undisturbed / "logs")
+    assert curves["loss/train"] == list(range(1, end["step"] + 1))
+    assert steps == sorted(steps)
+    print(
+        f"\n50 kills: {', '.join(f'{count} {moment}' for moment, count in moments.most_common())}; "
+        f"latest.pth at steps {steps[1:]}; leftovers .tmp in {leftovers} rounds; "
+        f"{end['epoch']} epochs, {end['step']} steps; final weights identical"
+    )
+    assert len(moments) >= 5 and len(set(steps)) > 10, "the kills were not spread over the run"
