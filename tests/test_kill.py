@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,15 @@ def counts_after_kills(save: Save, path: Path, rounds: int = 25) -> tuple[list[i
 
     Also how many kills left a temporary file behind, which the next save has to clear away.
     """
-    delays, found, leftovers = random.Random(0), [], 0
+    temporary, delays, found, leftovers = path.with_name(path.name + ".tmp"), random.Random(0), [], 0
     checkpoint.save(path, numbered(0))
     for kill in range(rounds):
         with saving(save, path, 1000 * kill + 1):
             time.sleep(delays.uniform(0, 0.1))
         found.append(read_count(path))
-        leftovers += path.with_name(path.name + ".tmp").exists()
+        leftovers += temporary.exists()
         checkpoint.save(path, numbered(1000 * (kill + 1)))
-        assert not path.with_name(path.name + ".tmp").exists()
+        assert not temporary.exists()
     return found, leftovers
 
 
@@ -133,11 +133,9 @@ def training(folder: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
 def wait_for(start: str, process: subprocess.Popen[str]) -> None:
     """Until the process prints a line that begins so."""
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(start):
-            return
-    raise AssertionError("".join(lines))
+    while not (lines and lines[-1].startswith(start)):
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
 
 
 SHORT_EPOCHS = [*SMALL, *NETWORK, "--image_size", 28, "--val_size", 900, "--save_every", 1]  # of two steps each
@@ -187,18 +185,23 @@ MOMENTS = {
 }
 
 
-def kill(process: subprocess.Popen[str], stack: Path) -> str:
-    """Kill a WITNESS that notes in the file `stack`; returns what it was at."""
-    if stack.exists():  # else it cannot answer yet
-        process.send_signal(signal.SIGUSR1)
-        while stack.stat().st_size == 0:
-            assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)  # for the rest of the note
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    note = stack.read_text() if stack.exists() else ""
-    functions = re.findall(r"/(?:train|src/utils)\.py\", line \d+ in (\w+)", note)
+def ask(process: subprocess.Popen[str], stack: Path) -> str:
+    """What a WITNESS, whose notes go to the file `stack`, is at."""
+    if not stack.exists():
+        return "starting"  # it would not understand yet
+    process.send_signal(signal.SIGUSR1)
+    while stack.stat().st_size == 0:
+        assert process.poll() is None, process.stdout.read()
+    time.sleep(0.002)  # for the rest of the note
+    functions = re.findall(r"/(?:train|src/utils)\.py\", line \d+ in (\w+)", stack.read_text())
     return next((moment for name, moment in MOMENTS.items() if name in functions), "starting")
+
+
+def temporaries(folder: Path) -> set[tuple[str, int]]:
+    """The names and times of the unfinished saves in a training's folder."""
+    with suppress(FileNotFoundError):  # finished, or begun anew, while we look
+        return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("checkpoints/*.tmp")}
+    return set()
 
 
 @pytest.mark.slow
@@ -207,39 +210,41 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
     often = "--save_minutes 0 --save_every 1 --sample_every 1 --log_every 1"
     sizes = "--image_size 28 --val_size 400 --batch_size 20 --num_samples 20 --steps 15"  # each phase takes its time
     flags = ["--data_path", data, *SMALL, *NETWORK, *often.split(), *sizes.split()]
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    killed.mkdir()
-    undisturbed.mkdir()
-    latest, delays, moments, steps, leftovers = killed / "checkpoints/latest.pth", random.Random(0), Counter(), [0], 0
-    for _ in range(50):
+    killed, undisturbed = folders = [tmp_path / "killed", tmp_path / "undisturbed"]
+    for folder in folders:
+        folder.mkdir()
+    delays, moments, steps, leftovers = random.Random(0), Counter(), [0], 0
+    for number in range(50):
         (killed / "stack").unlink(missing_ok=True)
+        before = temporaries(killed)
         with training(killed, "-c", WITNESS, ROOT / "train.py", *flags, "--epochs", 1000) as process:
             if delays.random() < 0.85:  # else at its start
                 wait_for("results", process)  # the last line before it trains or resumes
             time.sleep(delays.uniform(0, 2.5))
-            moments[kill(process, killed / "stack")] += 1
+            if number % 2:  # to answer takes milliseconds, in which a save may end: the others are not asked
+                moments[ask(process, killed / "stack")] += 1
+            elif number % 4:  # in the midst of a save, which is short
+                while not temporaries(killed) - before:
+                    assert process.poll() is None, process.stdout.read()
+        assert process.returncode == -signal.SIGKILL
         states = {path.name: checkpoint.load(path) for path in killed.glob("checkpoints/*.pth")}
-        steps.append(states["latest.pth"]["step"] if latest.exists() else 0)
-        leftovers += any(killed.glob("checkpoints/*.tmp"))
+        steps.append(states.get("latest.pth", {"step": 0})["step"])
+        leftovers += bool(temporaries(killed) - before)
 
-    flags += ["--epochs", checkpoint.load(latest)["epoch"] + 1]
-    for folder in (killed, undisturbed):
+    flags += ["--epochs", states["latest.pth"]["epoch"] + 1]
+    for folder in folders:
         done = run_script("train.py", *flags, cwd=folder)
         assert (done.returncode, done.stderr) == (0, "")
     for name in ("best.pth", "latest.pth", "final.pth"):
-        end, expected = (checkpoint.load(folder / "checkpoints" / name) for folder in (killed, undisturbed))
+        end, expected = (checkpoint.load(folder / "checkpoints" / name) for folder in folders)
         assert {**expected["settings"], "epochs": 1000} == {**end.pop("settings"), "epochs": 1000}, name
         assert not differences(end, {part: expected[part] for part in end}), name
     for folder in ("checkpoints", "outputs"):  # the same files, with no leftover
-        names = [{path.name for path in (run / folder).iterdir()} for run in (killed, undisturbed)]
-        assert names[0] == names[1]
+        assert not differences(*(sorted(path.name for path in (run / folder).iterdir()) for run in folders))
     curves = scalars(killed / "logs")
-    assert curves == scalars(undisturbed / "logs")
-    assert curves["loss/train"] == list(range(1, end["step"] + 1))
+    assert curves == scalars(undisturbed / "logs") and curves["loss/train"] == list(range(1, end["step"] + 1))
     assert steps == sorted(steps)
-    print(
-        f"\n50 kills: {', '.join(f'{count} {moment}' for moment, count in moments.most_common())}; "
-        f"latest.pth at steps {steps[1:]}; leftovers .tmp in {leftovers} rounds; "
-        f"{end['epoch']} epochs, {end['step']} steps; final weights identical"
-    )
-    assert len(moments) >= 5 and len(set(steps)) > 10, "the kills were not spread over the run"
+    asked = ", ".join(f"{count} {moment}" for moment, count in moments.most_common())
+    print(f"\n50 kills; half of them were asked before: {asked}; {leftovers} left a .tmp; latest.pth at {steps[1:]};")
+    print(f"{end['epoch']} epochs, {end['step']} steps, every curve whole; final weights identical to the last bit")
+    assert leftovers > 0 and len(moments) >= 4 and len(set(steps)) > 10, "the kills were not spread over the run"
