@@ -1,61 +1,61 @@
 """Every default of the project, once. Change one here, or for one run with its flag: BATCH_SIZE is --batch_size.
 
-The comment beside a constant is its --help text.
+The annotation of a constant is the type of its flag, and the comment beside it is its --help text.
 """
 
 import argparse
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 # Data
-DATASET = "fashion-mnist"  # fashion-mnist, or fashion-mnist-tiny: 1,500 of its images, for tests
-VAL_SIZE = 2000  # training images held out for the validation loss
-IMAGE_SIZE = 32  # pixels a side; the 28×28 images are padded with black
-CHANNELS = 1  # 1 = grayscale
+DATASET: str = "fashion-mnist"  # fashion-mnist, or fashion-mnist-tiny: 1,500 of its images, for tests
+VAL_SIZE: int = 2000  # training images held out for the validation loss
+IMAGE_SIZE: int = 32  # pixels a side; the 28×28 images are padded with black
+CHANNELS: int = 1  # 1 = grayscale
 
 # Training
-BATCH_SIZE = 64  # images trained on, or generated, at a time
-LEARNING_RATE = 1e-3  # Adam's step size
-EPOCHS = 200  # passes over the training images
-GRAD_CLIP = 1.0  # largest norm of the gradient
-EMA_DECAY = 0.995  # weight of the past in the moving average of the weights, updated every step
-SEED = 0  # of weights, data order and noise
-PRECISION = "auto"  # of training: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
+BATCH_SIZE: int = 64  # images trained on, or generated, at a time
+LEARNING_RATE: float = 1e-3  # Adam's step size
+EPOCHS: int = 200  # passes over the training images
+GRAD_CLIP: float = 1.0  # largest norm of the gradient
+EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
+SEED: int = 0  # of weights, data order and noise
+PRECISION: str = "auto"  # of training: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
 
 # U-Net
-UNET_DIM = 32  # channels at full resolution
-UNET_DIM_MULTS = [1, 2, 4, 8]  # channels of each level, as multiples of UNET_DIM
+UNET_DIM: int = 32  # channels at full resolution
+UNET_DIM_MULTS: list[int] = [1, 2, 4, 8]  # channels of each level, as multiples of UNET_DIM
 
 # Diffusion
-TIME_STEPS = 1000  # noise levels
-SCHEDULE_TYPE = "cosine"  # noise schedule: linear or cosine
-BETA_START = 1e-4  # first beta of the linear schedule
-BETA_END = 0.02  # last beta of the linear schedule
-PREDICTION = "v"  # what the network predicts: noise, or v, a mixture of noise and image
+TIME_STEPS: int = 1000  # noise levels
+SCHEDULE_TYPE: str = "cosine"  # noise schedule: linear or cosine
+BETA_START: float = 1e-4  # first beta of the linear schedule
+BETA_END: float = 0.02  # last beta of the linear schedule
+PREDICTION: str = "v"  # what the network predicts: noise, or v, a mixture of noise and image
 
 # Sampling
-NUM_SAMPLES = 64  # images to generate
-SAMPLER = "ddim"  # ddpm (ancestral) or ddim
-STEPS = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for ddim
-ETA = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
-INTERP_STEPS = 10  # frames of an interpolation, both ends included
-EVAL_SAMPLES = 1000  # eval.py's default for --num_samples
+NUM_SAMPLES: int = 64  # images to generate
+SAMPLER: str = "ddim"  # ddpm (ancestral) or ddim
+STEPS: int = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for ddim
+ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
+INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
+EVAL_SAMPLES: int = 1000  # eval.py's default for --num_samples
 
 # Saving and logging
-SAVE_EVERY = 5  # epochs between writes of latest.pth
-SAVE_MINUTES = 10.0  # most that is lost to a crash: latest.pth is written within an epoch, too
-SAMPLE_EVERY = 10  # epochs between grids of samples
-LOG_EVERY = 50  # steps between TensorBoard scalars
-DEVICE = "auto"  # auto, cpu, cuda, cuda:1 …
+SAVE_EVERY: int = 5  # epochs between writes of latest.pth
+SAVE_MINUTES: float = 10.0  # most that is lost to a crash: latest.pth is written within an epoch, too
+SAMPLE_EVERY: int = 10  # epochs between grids of samples
+LOG_EVERY: int = 50  # steps between TensorBoard scalars
+DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 …
 
 # Paths
-DATA_PATH = "./data/fashion-mnist"  # the data set; fetched here if absent
-CHECKPOINT_PATH = "./checkpoints"  # best.pth, latest.pth, final.pth
-OUTPUT_PATH = "./outputs"  # pictures and scores
-LOG_PATH = "./logs"  # TensorBoard's files, in its folder tensorboard/
+DATA_PATH: str = "./data/fashion-mnist"  # the data set; fetched here if absent
+CHECKPOINT_PATH: str = "./checkpoints"  # best.pth, latest.pth, final.pth
+OUTPUT_PATH: str = "./outputs"  # pictures and scores
+LOG_PATH: str = "./logs"  # TensorBoard's files, in its folder tensorboard/
 
 # What a value must be: a test and its wording. A setting that is absent here has no limits beyond its type.
 POSITIVE = (lambda v: v >= 1, "at least 1")
@@ -64,7 +64,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "IMAGE_SIZE": POSITIVE,
     "CHANNELS": (lambda v: v == 1, "1: the data sets are grayscale"),
     "BATCH_SIZE": POSITIVE,
-    "LEARNING_RATE": (lambda v: 0 < v < math.inf, "a positive number, such as 1e-3"),
+    "LEARNING_RATE": (lambda v: 0 < v <= 1, "above 0 and at most 1, such as 1e-3"),
     "EPOCHS": POSITIVE,
     "GRAD_CLIP": (lambda v: v > 0, "a positive number (inf = never clip)"),
     "EMA_DECAY": (lambda v: 0 <= v < 1, "at least 0 and below 1, such as 0.995"),
@@ -125,18 +125,18 @@ class Parser(argparse.ArgumentParser):
         """Flags for the constants named in `settings`; `defaults` replaces a constant's value for one script."""
         super().__init__(description=description, allow_abbrev=False)
         self.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and results")
-        comments = _comments()
+        comments, types = _comments(), _types()
         for name in settings:
             value = defaults.get(name, globals()[name])
-            many = isinstance(value, list)
-            kind = type(value[0]) if many else type(value)
+            many = types[name] == list[int]
+            kind = int if many else types[name]
             self.add_argument(
                 f"--{name.lower()}",
                 type=kind,
                 nargs="+" if many else None,
                 default=value,
                 metavar=kind.__name__,
-                help=f"{comments[name]} (default: {' '.join(map(str, value)) if many else value})",
+                help=f"{comments[name]} (default: {' '.join(map(str, value)) if isinstance(value, list) else value})",
             )
 
     def add_checkpoint(self) -> None:
@@ -170,11 +170,14 @@ class Parser(argparse.ArgumentParser):
 def problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with these settings (lower-case names), a sentence each."""
     values = {name.upper(): value for name, value in values.items()}
-    found = [
-        f"{name} is {values[name]!r}, but must be {wording}"
-        for name, (holds, wording) in RULES.items()
-        if name in values and not holds(values[name])
-    ]
+    rules = {name: rule for name, rule in RULES.items() if name in values}
+    found = []
+    for name, (holds, wording) in rules.items():
+        if not _has_type(values[name], name):
+            wording = f"of type {getattr(_types()[name], '__name__', 'list')}"
+        elif holds(values[name]):
+            continue
+        found.append(f"{name} is {values[name]!r}, but must be {wording}")
     if found:
         return found  # a relation between settings that are themselves wrong would only confuse
     return [
@@ -195,5 +198,18 @@ def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]
 
 def _comments() -> dict[str, str]:
     """The comment beside each constant of this file, read from its source."""
-    lines = re.findall(r"^([A-Z_]+) = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^([A-Z_]+): .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     return {name: comment.replace("%", "%%") for name, comment in lines}
+
+
+def _types() -> dict[str, Any]:
+    """The annotation of each constant of this file."""
+    return get_type_hints(sys.modules[__name__])
+
+
+def _has_type(value: Any, name: str) -> bool:
+    """Whether a constant still has its type: flags are converted by argparse, but the file may have been edited."""
+    kind = _types()[name]
+    if kind == list[int]:
+        return isinstance(value, list) and all(type(v) is int for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -3,6 +3,7 @@
 import argparse
 
 import config
+from src import errors
 
 SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE DEVICE DATA_PATH".split()
 
@@ -21,6 +22,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+    errors.explain_imports("eval.py")
 
 import hashlib
 import json
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 
-from src import dataset, errors, pipeline, utils
+from src import dataset, inception, metrics, pipeline, utils
 
 log = logging.getLogger("eval")
 
@@ -96,8 +98,6 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    from src import inception, metrics  # here, for errors.run to report a missing torch-fidelity in one line
-
     device = utils.pick_device(args.device)
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
     generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)

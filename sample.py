@@ -3,6 +3,7 @@
 import argparse
 
 import config
+from src import errors
 
 SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE INTERP_STEPS DEVICE".split()
 
@@ -24,6 +25,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+    errors.explain_imports("sample.py")
 
 import itertools
 import logging
@@ -32,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import errors, pipeline, utils
+from src import pipeline, utils
 
 log = logging.getLogger("sample")
 

@@ -3,6 +3,7 @@
 import argparse
 
 import config
+from src import errors
 
 SETTINGS = """
     DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION
@@ -23,6 +24,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
+    errors.explain_imports("train.py")
 
 import logging
 import math
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, dataset, errors, lock, pipeline, utils
+from src import checkpoint, dataset, lock, pipeline, utils
 from src.ema import EMA
 from src.interrupt import Interrupted, StopSignals
 from src.monitor import Monitor, describe
@@ -107,6 +109,7 @@ class Trainer:
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         self.loss_sum = self.loss_sum.to(self.device)
+        log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.step)
 
     def save(self, name: str) -> Path:
         path = Path(self.args.checkpoint_path) / name
@@ -223,28 +226,26 @@ class Trainer:
         return 0
 
 
-def clear_old_run(args: argparse.Namespace) -> None:
-    """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
-    old = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
-    if old and not args.overwrite:
-        names = ", ".join(map(str, old))
+def earlier_run(args: argparse.Namespace) -> list[Path]:
+    """The checkpoints of a run to resume, most recent first; with --fresh there are none, or they are in the way."""
+    # best.pth is a whole state, too: all that is left of a run that was killed before it wrote latest.pth
+    found = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
+    if args.fresh and found and not args.overwrite:
+        names = ", ".join(map(str, found))
         raise errors.SettingError(f"--fresh would lose {names}: add --overwrite, or give another --checkpoint_path")
-    for path in old:
+    for path in found if args.fresh else []:
         path.unlink()
+    return [] if args.fresh else found
 
 
 def main(args: argparse.Namespace) -> int:
     utils.make_directories({name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")})
     with lock.hold(Path(args.checkpoint_path)):
         trainer = Trainer(args)
-        if args.fresh:  # only now: a run that cannot start must not cost the old one
-            clear_old_run(args)
-        latest = Path(args.checkpoint_path) / "latest.pth"
-        if latest.exists():
-            trainer.resume(latest)
+        earlier = earlier_run(args)  # only now: a run that cannot start must not cost the old one
+        if earlier:
+            trainer.resume(earlier[0])
         log.info(describe(args, trainer.model, trainer.device, trainer.precision, len(trainer.images)))
-        if trainer.step:
-            log.info("RESUMING %s: %d of %d epochs done, step %d", latest, trainer.epoch, args.epochs, trainer.step)
         if trainer.epoch >= args.epochs:
             log.info("nothing to do: all %d epochs are done; raise --epochs, or start anew with --fresh", args.epochs)
             return 0

@@ -27,8 +27,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
     directory is forced to disk after it, or a power cut could undo the rename.
 
     Raises:
-        UserError: the file cannot be written (no space, no permission, not a directory).
+        UserError: the file cannot be written (no space, no permission, not a directory), or should not be: some
+            of the numbers in `state` are not finite.
     """
+    if not _finite(state):
+        raise UserError(f"{path} was not written: the new weights are not finite. Reduce --learning_rate")
     torch.save({"program": PROGRAM, "format": FORMAT, **state}, content := io.BytesIO())  # fails only out of memory
     temporary = path.with_name(path.name + ".tmp")  # one name for ever: a leftover is overwritten, not collected
     try:

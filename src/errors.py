@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from types import TracebackType
 
 
 class UserError(Exception):
@@ -15,6 +16,20 @@ class SettingError(UserError):
     """A setting that cannot be, here or now: the user would have to give another one."""
 
     status = 2
+
+
+def explain_imports(script: str) -> None:
+    """Until `run` takes over, say in one line what can go wrong while the heavy packages load."""
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            print(f"{script}: error: {_no_package(error)}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"{script}: error: interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain
 
 
 def run(main: Callable[[], int], script: str, quiet: bool) -> None:
@@ -34,13 +49,28 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         message, status = str(error), error.status
     except OSError as error:
         message, status = f"{error}; free space or choose another place", 1
+    except ModuleNotFoundError as error:
+        message, status = _no_package(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: this file need not load torch
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
             raise
-        message, status = f"out of GPU memory: reduce --batch_size ({str(error).splitlines()[0]})", 1
+        message, status = f"out of memory: reduce --batch_size ({(str(error) or 'MemoryError').splitlines()[0]})", 1
     else:
         sys.exit(status)
     print(f"{script}: error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _no_package(error: ModuleNotFoundError) -> str:
+    return f"no package {error.name}: run pip install -r requirements.txt"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's (known by its name: this file need not load torch), or torch's on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

