@@ -142,6 +142,7 @@ class Parser(argparse.ArgumentParser):
     def add_checkpoint(self) -> None:
         self.add_argument(
             "--checkpoint",
+            type=_not_empty,
             default=f"{CHECKPOINT_PATH}/best.pth",
             metavar="FILE",
             help="the trained model; it carries its own settings (default: %(default)s)",
@@ -150,6 +151,7 @@ class Parser(argparse.ArgumentParser):
     def add_output_dir(self, folder: str) -> None:
         self.add_argument(
             "--output_dir",
+            type=_not_empty,
             default=f"{OUTPUT_PATH}/{folder}",
             metavar="DIR",
             help="where to write (default: %(default)s)",
@@ -194,6 +196,12 @@ def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]
         for name in saved
         if name in wanted and saved[name] != wanted[name] and name.upper() not in FREE_ON_RESUME
     ]
+
+
+def _not_empty(path: str) -> str:
+    if not path:
+        raise argparse.ArgumentTypeError("is '', but must be a path")
+    return path
 
 
 def _comments() -> dict[str, str]:

@@ -56,7 +56,7 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        message, status = f"out of memory: reduce --batch_size ({(str(error) or 'MemoryError').splitlines()[0]})", 1
+        message, status = f"out of memory: reduce --batch_size or, in training, --unet_dim ({_first_line(error)})", 1
     else:
         sys.exit(status)
     print(f"{script}: error: {message}", file=sys.stderr)
@@ -74,3 +74,7 @@ def _lacks_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -53,9 +53,12 @@ def test_what_was_saved_comes_back_to_the_last_bit(path):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(number, tmp_path):
-    path = tmp_path / "latest.pth"
-    checkpoint.save(path, {"optimizer": {"state": {0: {"exp_avg": torch.tensor([1.0, number])}}}})
+def test_weights_that_are_not_finite_are_neither_read_nor_written(number, path):
+    before, ruined = path.read_bytes(), {"ema": {"weight": torch.tensor([1.0, number])}}
+    with pytest.raises(UserError, match="not written"):
+        checkpoint.save(path, ruined)
+    assert path.read_bytes() == before
+    torch.save({**HEADER, **ruined}, path)
     assert "not numbers" in refusal(path)
 
 

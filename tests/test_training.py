@@ -17,6 +17,7 @@ import torch
 from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars
 from torch import Tensor
 
+import config
 import train
 from src import checkpoint, errors, lock
 from src.ema import EMA
@@ -187,10 +188,12 @@ def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     assert not any("/" in str(value) for value in state["settings"].values()), "a path of this machine"
 
 
-def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, saved):
+def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, saved, monkeypatch):
     quick("run", "--epochs", 1)
     good = saved("run")
-    assert "--learning_rate" in failing(1, "run", "--epochs", 3, "--learning_rate", "1e30")
+    monkeypatch.setitem(config.RULES, "LEARNING_RATE", config.POSITIVE)  # else so mad a value is refused
+    message = failing(1, "run", "--epochs", 3, "--learning_rate", "1e30")
+    assert re.search(r"gradient of step \d+ is (nan|inf)", message) and "--learning_rate" in message
     assert not differences(saved("run"), good)
     assert all(w.isfinite().all() for w in saved("run", "best.pth")["ema"].values())
 
@@ -492,6 +495,17 @@ def test_a_latest_that_holds_no_training_is_refused(failing, tmp_path):
     (tmp_path / "run/checkpoint").mkdir(parents=True)
     checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {"statistics": torch.zeros(3)})
     assert "no training" in failing(1, "run", "--epochs", 1)
+
+
+@pytest.mark.parametrize("left", ["best.pth", "final.pth"])
+def test_a_run_whose_latest_is_missing_goes_on_from_what_is_left(left, quick, saved, once, tmp_path):
+    """Killed before it wrote latest.pth, or tidied up: nothing is silently trained over."""
+    quick("run", "--epochs", 1)
+    for path in (tmp_path / "run/checkpoint").glob("*.pth"):
+        if path.name != left:
+            path.unlink()
+    assert quick("run", "--epochs", 2) == 0
+    assert not differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
 
 
 def test_fresh_is_refused_where_a_run_would_be_lost(quick, failing, saved):
