@@ -32,6 +32,16 @@ class TimeEmbedding(nn.Module):
         return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))  # (B, D)
 
 
+class Norm(nn.GroupNorm):
+    """Group normalisation (Wu & He 2018) whose statistics are taken in float32, whatever the precision of x."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
     """A 3×3 convolution: dense on large maps, depthwise-separable on small ones.
 
@@ -52,10 +62,10 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in)
+        self.norm1 = Norm(c_in)
         self.conv1 = conv3x3(c_in, c_out, resolution)
         self.time = nn.Linear(time_width, 2 * c_out)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out)
+        self.norm2 = Norm(c_out)
         self.conv2 = conv3x3(c_out, c_out, resolution)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -67,21 +77,25 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + multi-head self-attention over the pixels of the map (Vaswani et al. 2017, §3.2)."""
+    """x + multi-head self-attention over the pixels of the map (Vaswani et al. 2017, §3.2).
+
+    Written out: with at most 256 pixels there is little for a fused kernel to save, and torch's is slower on a CPU.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         most = max(1, channels // HEAD_WIDTH)
         self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)  # heads of equal width
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm = Norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
         qkv = rearrange(self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.heads)
-        h = F.scaled_dot_product_attention(*qkv)  # (B, heads, H·W, C/heads)
-        return x + self.out(rearrange(h, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
+        q, k, v = qkv  # (B, heads, H·W, C/heads) each
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, heads, H·W, H·W): eq. 1
+        return x + self.out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
 
 
 class Level(nn.Module):
@@ -132,7 +146,7 @@ class UNet(nn.Module):
         self.middle_out = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
         self.up = nn.ModuleList(Level(2 * c, c, time_width, size) for c, size in zip(widths, sizes, strict=True))
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0])
+        self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of what is to be predicted
         nn.init.zeros_(self.conv_out.bias)
