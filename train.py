@@ -227,8 +227,7 @@ class Trainer:
 
 
 def earlier_run(args: argparse.Namespace) -> list[Path]:
-    """The checkpoints of a run to resume, most recent first; with --fresh there are none, or they are in the way."""
-    # best.pth is a whole state, too: all that is left of a run that was killed before it wrote latest.pth
+    """The checkpoints to resume from, latest.pth first (best.pth is a whole state, too); none with --fresh."""
     found = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
     if args.fresh and found and not args.overwrite:
         names = ", ".join(map(str, found))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from src import dataset
 from src import model as model_module
 from src.diffusion import Diffusion
-from src.model import Attention, ResnetBlock, TimeEmbedding, UNet
+from src.model import Attention, Norm, ResnetBlock, TimeEmbedding, UNet
 
 TINY = Path(__file__).parent / "data" / "fashion-mnist-tiny"
 
@@ -129,9 +129,21 @@ def test_middle_is_two_resnet_blocks_around_attention_at_the_lowest_resolution(u
 
 
 def test_every_normalisation_is_group_norm(unet):
-    kinds = Counter(type(m) for m in unet.modules() if "Norm" in type(m).__name__)
+    norms = [m for m in unet.modules() if "Norm" in type(m).__name__]
     blocks, attentions = (sum(isinstance(m, kind) for m in unet.modules()) for kind in (ResnetBlock, Attention))
-    assert kinds == {nn.GroupNorm: 2 * blocks + attentions + 1}
+    assert len(norms) == 2 * blocks + attentions + 1
+    assert all(isinstance(m, nn.GroupNorm) for m in norms)
+
+
+def test_statistics_of_normalisation_are_taken_in_float32():
+    """In bfloat16, with its 8 bits, a mean of 100 is off by up to 0.25, and so would be every pixel."""
+    x = (100 + noise(2, 16, 8, 8)).bfloat16()
+    exact = group_norm(x.double(), 8, torch.ones(16).double(), torch.zeros(16).double())
+    normed = Norm(16)(x)
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed.double(), exact, rtol=2**-8, atol=2**-8)
+    lossy = group_norm(x, 8, torch.ones(16).bfloat16(), torch.zeros(16).bfloat16())  # negative control
+    assert (lossy.double() - exact).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("level", range(4))
