@@ -38,8 +38,8 @@ PREDICTION: str = "v"  # what the network predicts: noise, or v, a mixture of no
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate
-SAMPLER: str = "ddim"  # ddpm (ancestral) or ddim
-STEPS: int = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for ddim
+SAMPLER: str = "ddim"  # ddpm (ancestral), or in few steps: ddim, or dpmpp_2m (DPM-Solver++, second order)
+STEPS: int = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for the others
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
 EVAL_SAMPLES: int = 1000  # eval.py's default for --num_samples
@@ -78,7 +78,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "BETA_END": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "PREDICTION": (lambda v: v in ("noise", "v"), "noise or v"),
     "NUM_SAMPLES": POSITIVE,
-    "SAMPLER": (lambda v: v in ("ddpm", "ddim"), "ddpm or ddim"),
+    "SAMPLER": (lambda v: v in ("ddpm", "ddim", "dpmpp_2m"), "ddpm, ddim or dpmpp_2m"),
     "STEPS": (lambda v: v >= 0, "at least 1 (or 0 for the sampler's own default)"),
     "ETA": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "INTERP_STEPS": (lambda v: v >= 2, "at least 2, the two ends"),

@@ -16,8 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args()
-    if args.interpolate and (args.sampler != "ddim" or args.eta > 0):
-        parser.error("--interpolate needs a deterministic sampler: --sampler ddim --eta 0")
+    if args.interpolate and (args.sampler == "ddpm" or args.eta > 0):
+        parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interp_steps != config.INTERP_STEPS and not args.interpolate:
         parser.error("--interp_steps goes with --interpolate")
     return args

@@ -73,6 +73,14 @@ class Diffusion:
         alpha_bar = self._alpha_bar_or_one(t)
         return _per_image(alpha_bar.sqrt()), _per_image((1 - alpha_bar).sqrt())
 
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        """λ_t = log(√α̅_t / √(1 - α̅_t)), float64 (B,1,1,1), and infinite for the clean image, t = -1.
+
+        It grows as the noise goes, and is the time in which fast solvers count (Lu et al. 2022).
+        """
+        alpha_bar = self._alpha_bar_or_one(t)[:, None, None, None]
+        return (alpha_bar / (1 - alpha_bar)).log() / 2
+
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), given its noise eps ~ N(0, I) (Ho et al., eq. 4); images (B,C,H,W), t (B,)."""
         signal, noise = self.signal_and_noise(t)

@@ -17,7 +17,7 @@ from src.model import UNet
 from src.samplers import SAMPLERS
 from src.utils import ImageNoise, to_uint8
 
-DDIM_STEPS = 50  # steps of a few-step sampler unless asked otherwise
+DEFAULT_STEPS = {"ddim": 50, "dpmpp_2m": 50}  # of the few-step samplers; ddpm takes every timestep
 
 
 def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diffusion]:
@@ -60,8 +60,8 @@ class Generator:
     Args:
         unet, diffusion: as `build` and `restore` return them.
         sampler: a name in SAMPLERS.
-        steps: network evaluations an image; 0 means all timesteps for ddpm, DDIM_STEPS for ddim.
-        eta: DDIM's share of fresh noise, 0 to 1; ddpm has none to set.
+        steps: network evaluations an image; 0 means DEFAULT_STEPS, or all timesteps if those are fewer.
+        eta: DDIM's share of fresh noise, 0 to 1; the other samplers have none to set.
 
     Raises:
         SettingError: there are more steps than the diffusion has timesteps.
@@ -72,7 +72,7 @@ class Generator:
         self.shape = (unet.channels, unet.image_size, unet.image_size)
         self.device = next(unet.parameters()).device
         self.sampler = sampler
-        self.steps = steps or (diffusion.time_steps if sampler == "ddpm" else min(DDIM_STEPS, diffusion.time_steps))
+        self.steps = steps or min(DEFAULT_STEPS.get(sampler, diffusion.time_steps), diffusion.time_steps)
         self.options = {"eta": eta} if sampler == "ddim" else {}
         if self.steps > diffusion.time_steps:
             raise SettingError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")

@@ -61,7 +61,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --precision float16", 2, "PRECISION is 'float16', but must be auto, float32 or bfloat16"),
     ("train.py --device tpu", 2, "DEVICE is 'tpu', but must be auto, cpu, cuda or cuda:N"),
     ("train.py --dataset imagenet", 2, "imagenet"),
-    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm"),
+    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim or dpmpp_2m"),
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3"),
     # settings that do not go together
     ("train.py --image_size 29 --unet_dim_mults 1 2", 2, "IMAGE_SIZE must be divisible by 2^(levels - 1)"),
@@ -73,6 +73,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --schedule_type linear --beta_start 0.03", 2, "BETA_START must be below BETA_END (BETA_START is 0.03"),
     ("train.py --beta_start 1e-3", 2, "BETA_START and BETA_END are for SCHEDULE_TYPE linear only"),
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
+    ("sample.py --sampler dpmpp_2m --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
     ("sample.py --interpolate --sampler ddpm", 2, "--interpolate needs a deterministic sampler"),

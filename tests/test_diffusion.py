@@ -162,6 +162,15 @@ def test_before_the_first_step_there_is_no_noise():
     assert sigma[1].item() > 0
 
 
+def test_half_log_snr_is_the_logarithm_of_signal_over_noise_and_infinite_without_noise():
+    diffusion, t = Diffusion(1000, "cosine"), torch.arange(-1, 1000)
+    found = diffusion.half_log_snr(t).flatten()
+    signal, sigma = (z.flatten().double() for z in diffusion.signal_and_noise(t[1:]))
+    torch.testing.assert_close(found[1:], (signal / sigma).log(), rtol=0, atol=1e-6)
+    assert found[0] == math.inf and found.dtype == torch.float64
+    assert (found.diff() < 0).all()
+
+
 def test_coefficients_are_precise_near_t_0():
     """There 1 - α̅ is 4e-5, a difference of nearly equal numbers: in float32 all but three digits are lost."""
     diffusion = Diffusion(1000, "cosine")

@@ -12,12 +12,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from src.diffusion import Diffusion
 from src.pipeline import slerp
-from src.samplers import SAMPLERS, ddim, ddpm, time_grid
+from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, time_grid
 from src.utils import ImageNoise
 
 SCHEDULES = ["linear", "cosine"]
@@ -100,6 +100,13 @@ def exact_law(diffusion: Diffusion, steps: int, eta: float) -> Law:
     return mean, math.sqrt(variance)
 
 
+def exact_flow(diffusion: Diffusion, x_T: Tensor, t: int) -> Tensor:
+    """Where the probability flow ODE brings x_T by t: x - √α̅ μ only grows and shrinks as the deviation of x_t does."""
+    start, end = diffusion.alpha_bar[-1], diffusion.alpha_bar[t]
+    growth = ((end * S**2 + 1 - end) / (start * S**2 + 1 - start)).sqrt()
+    return end.sqrt() * MU + growth * (x_T - start.sqrt() * MU)
+
+
 def recovers_the_data(found: Law) -> bool:
     """Is it N(μ, s²), but for the 3% of s that 1000 steps instead of infinitely many may cost?"""
     return abs(found[0] - MU) < 0.001 and abs(found[1] / S - 1) < 0.03
@@ -145,6 +152,27 @@ def test_error_halves_when_the_steps_double(schedule, variant):
     """The discretisation of a stochastic or an ordinary differential equation by such steps is of first order."""
     coarse, fine = (S - law(VARIANTS[variant][0], Diffusion(t, schedule), t)[1] for t in (300, 600))
     assert 0.45 < fine / coarse < 0.6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "bounds"), [(dpmpp_2m, (3.5, 4.2)), (ddim, (1.9, 2.1))], ids=["2m", "ddim"])
+@pytest.mark.parametrize("steps", [20, 40])
+def test_doubled_steps_quarter_the_error_of_the_second_order_only(schedule, prediction, sampler, bounds, steps):
+    """Measured where the grids of all step numbers meet, at t = 199: the last jump is of first order in both."""
+    diffusion, x_T = Diffusion(1000, schedule, prediction=prediction), torch.linspace(-2, 2, 5).view(1, 1, 1, 5)
+    exact, errors = exact_flow(diffusion, x_T, 199), []
+    for n in (steps, 2 * steps):
+        states = sampler(best_predictor(diffusion), diffusion, x_T, never, n)
+        (x_t,) = (x for (_, s), x in zip(time_grid(diffusion, n), states, strict=True) if s == 199)
+        errors.append((x_t - exact).norm().item())
+    coarse, fine = errors
+    assert bounds[0] < coarse / fine < bounds[1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_second_order_recovers_the_data(schedule):
+    assert recovers_the_data(law(dpmpp_2m, Diffusion(1000, schedule), 1000))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -235,6 +263,40 @@ def test_ddim_equals_diffusers(schedule, prediction, time_steps, steps, eta):
         clipped.append((step.pred_original_sample.abs() == 1).float().mean().item())
         torch.testing.assert_close(x, x_t, rtol=0, atol=2e-4)
     assert 0.1 < sum(clipped) / steps < 0.9  # the test saw both sides of the clipping
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40), (1000, 3)])
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # their own
+def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps):
+    diffusion, x_t, clipped = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8), []
+    ours = dpmpp_2m(wild, diffusion, x_t, never, steps)
+    theirs = DPMSolverMultistepScheduler(
+        num_train_timesteps=time_steps,
+        trained_betas=diffusion.betas.numpy(),
+        prediction_type=THEIR_NAME[prediction],
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        thresholding=True,  # between -1 and 1 it is clipping
+        sample_max_value=1.0,
+    )
+    theirs.set_timesteps(timesteps=[t for t, _ in time_grid(diffusion, steps)])
+    for t, x in zip(theirs.timesteps, ours, strict=True):
+        x_t = theirs.step(wild(x_t, t[None]), t, x_t).prev_sample
+        clipped.append((theirs.model_outputs[-1].abs() == 1).float().mean().item())
+        torch.testing.assert_close(x, x_t, rtol=0, atol=2e-4)
+    assert 0.1 < sum(clipped) / steps < 1  # the test saw clipping
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dpmpp_2m_begins_and_ends_as_ddim_and_differs_in_between(schedule):
+    diffusion, x_T = Diffusion(1000, schedule), noise(2, 1, 8, 8)
+    for steps, equal in (1, [True]), (2, [True, True]), (5, [True, False, False, False, False]):
+        states = (sampler(wild, diffusion, x_T, never, steps) for sampler in (dpmpp_2m, ddim))
+        assert [torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*states, strict=True)] == equal
 
 
 # ---- what every sampler promises -------------------------------------------------------------------------

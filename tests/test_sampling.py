@@ -79,7 +79,7 @@ class Oracle(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["noise", "v"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_a_picture_comes_through_with_its_256_greys_unchanged(sampler, prediction, tmp_path):
     """Data's pixels → [-1, 1] → network → files. Normalised twice, black would be grey; as RGB, not mode L."""
     picture = torch.arange(32 * 32).view(1, 32, 32).div(4, rounding_mode="floor").to(torch.uint8)
@@ -131,9 +131,9 @@ def test_an_image_depends_on_its_seed_and_number_alone(draw):
         assert np.abs(apart - together[:count]).max() <= 1  # float rounding
 
 
-@pytest.mark.parametrize("flags", [[], ["--eta", 0.7], ["--sampler", "ddpm"]], ids=["ddim", "eta", "ddpm"])
+@pytest.mark.parametrize("flags", ["", "--eta 0.7", "--sampler ddpm", "--sampler dpmpp_2m"])
 def test_the_same_seed_gives_the_same_images(flags, draw):
-    flags = [*flags, "--steps", 4, "--num_samples", 2]
+    flags = [*flags.split(), "--steps", 4, "--num_samples", 2]
     one = read_samples(draw("one", *flags))
     torch.manual_seed(99)
     assert np.array_equal(one, read_samples(draw("two", *flags)))
@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_images(flags, draw):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--seed 1", "--steps 6", "--eta 1", "--sampler ddpm", "--raw_weights"], ids=lambda flag: flag.split()[0]
+    "flag", ["--seed 1", "--steps 6", "--eta 1", "--sampler ddpm", "--sampler dpmpp_2m", "--raw_weights"]
 )
 def test_a_flag_changes_the_images(flag, draw):
     base = ["--num_samples", 2, "--steps", 5]
@@ -164,10 +164,12 @@ def test_num_samples_and_output_dir_say_how_many_images_and_where(draw):
     assert read_png(folder / "grid.png").shape == (2 * 34, 3 * 34)
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ddpm", 40), ("ddim short", 40)])
-def test_steps_are_the_sampler_s_own_unless_given(sampler, steps, random_model):
-    diffusion = Diffusion(100, "linear") if sampler == "ddim" else random_model.diffusion
-    assert pipeline.Generator(random_model.unet, diffusion, sampler.split()[0]).steps == steps
+@pytest.mark.parametrize(
+    ("sampler", "time_steps", "steps"),
+    [("ddim", 100, 50), ("dpmpp_2m", 100, 50), ("ddpm", 100, 100), ("ddim", 40, 40), ("dpmpp_2m", 40, 40)],
+)
+def test_steps_are_the_sampler_s_own_unless_given(sampler, time_steps, steps, random_model):
+    assert pipeline.Generator(random_model.unet, Diffusion(time_steps, "linear"), sampler).steps == steps
 
 
 # ---- interpolation -----------------------------------------------------------------------------------------
@@ -180,8 +182,10 @@ def frames(folder: Path) -> np.ndarray:
     return np.stack([strip[1:-1, left + 1 : left + 33] for left in range(0, strip.shape[1], 34)])
 
 
-def test_an_interpolation_leads_from_the_first_image_to_the_second_in_small_steps(draw):
-    folder = draw("morph", "--num_samples", 2, "--steps", 10, "--interpolate", "--interp_steps", 9)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_an_interpolation_leads_from_the_first_image_to_the_second_in_small_steps(sampler, draw):
+    flags = ["--num_samples", 2, "--sampler", sampler, "--steps", 10]
+    folder = draw("morph", *flags, "--interpolate", "--interp_steps", 9)
     strip, images = frames(folder), read_samples(folder)
     assert len(strip) == 9
     assert np.abs(strip[[0, -1]] - images).max() <= 1
