@@ -2,6 +2,7 @@
 
 Notation is Ho et al. 2020's (https://arxiv.org/abs/2006.11239), with two habits of code: timesteps count from 0,
 so `t` here is the paper's t + 1; and α̅ (alpha_bar) is the one quantity that everything is computed from.
+Timesteps are one an image, (B,), or one for all of them, (1,).
 """
 
 import math
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Network = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,)) → its prediction of noise or v (B,C,H,W)
+Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → its prediction of noise or v (B,C,H,W)
 
 
 def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -152,8 +152,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Images x_t (B,C,H,W) and their timesteps t (B,), from 0 to T - 1 → the prediction (B,C,H,W)."""
-        emb = self.time(t)  # (B, D)
+        """Images x_t (B,C,H,W), timesteps t from 0 to T - 1, (B,) or one for all (1,) → the prediction (B,C,H,W)."""
+        emb = self.time(t)  # (B, D) or (1, D)
         h = self.conv_in(x_t)  # (B, dim, H, W)
 
         skips = []

@@ -30,7 +30,7 @@ def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps:
     With fewer steps than the diffusion has, it samples the posteriors of the coarser grid.
     """
     x_t = x_T
-    for t, s in _batched(time_grid(diffusion, steps), x_T):
+    for t, s in _jumps(diffusion, steps, x_T.device):
         x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
         x_t = diffusion.posterior_mean(x0, x_t, t, s)
         if s[0] >= 0:  # no noise after the last step, whose variance is 0
@@ -44,7 +44,7 @@ def ddim(
 ) -> Iterator[Tensor]:
     """DDIM (Song et al. 2021, eqs. 12 and 16): eta = 0 is deterministic, eta = 1 is DDPM on the same grid."""
     x_t = x_T
-    for t, s in _batched(time_grid(diffusion, steps), x_T):
+    for t, s in _jumps(diffusion, steps, x_T.device):
         x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
         eps = diffusion.predict_eps(x_t, t, x0)  # not the network's own: clipping moved x0, and eps must follow
         signal, _ = diffusion.signal_and_noise(s)
@@ -63,7 +63,7 @@ def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, st
     clean image has h = ∞: there D is x_0 itself, which makes them DDIM's.
     """
     x_t, x0_before, h_before = x_T, None, None
-    for t, s in _batched(time_grid(diffusion, steps), x_T):
+    for t, s in _jumps(diffusion, steps, x_T.device):
         x0 = D = diffusion.predict_x0(x_t, t, network(x_t, t))
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
         if x0_before is not None and s[0] >= 0:
@@ -76,10 +76,10 @@ def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, st
         yield x_t
 
 
-def _batched(grid: list[tuple[int, int]], x_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each (t, s) of the grid as two (B,) tensors beside x_T."""
-    for t, s in grid:
-        yield x_T.new_full((len(x_T),), t, dtype=torch.long), x_T.new_full((len(x_T),), s, dtype=torch.long)
+def _jumps(diffusion: Diffusion, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each (t, s) of the grid as two (1,) tensors: one time for all images, its embedding computed once."""
+    for t, s in time_grid(diffusion, steps):
+        yield torch.tensor([t], device=device), torch.tensor([s], device=device)
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}

@@ -326,6 +326,12 @@ def test_an_images_output_does_not_depend_on_its_neighbours(unet):
     assert not x_t.grad[[0, 2]].any()  # exactly 0
 
 
+def test_one_timestep_serves_the_whole_batch(unet):
+    x_t = noise(3, 1, 32, 32)
+    torch.testing.assert_close(unet(x_t, torch.tensor([7])), unet(x_t, torch.full((3,), 7)))
+    assert not torch.allclose(unet(x_t, torch.tensor([7])), unet(x_t, torch.tensor([7, 7, 8])))
+
+
 def test_every_pixel_sees_every_other(unet):
     """Through the middle's attention, and because 4×4 maps and 3×3 kernels leave no corner out."""
     x_t = noise(1, 1, 32, 32).requires_grad_()
