@@ -23,7 +23,7 @@ EPOCHS: int = 200  # passes over the training images
 GRAD_CLIP: float = 1.0  # largest norm of the gradient
 EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
 SEED: int = 0  # of weights, data order and noise
-PRECISION: str = "auto"  # of training: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
+PRECISION: str = "auto"  # of the network: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
 
 # U-Net
 UNET_DIM: int = 32  # channels at full resolution

@@ -5,7 +5,7 @@ import argparse
 import config
 from src import errors
 
-SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE DEVICE DATA_PATH".split()
+SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE DEVICE DATA_PATH".split()
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,10 +61,11 @@ def protocol(
             **generator.options,
             "seed": args.seed,
             "batch_size": args.batch_size,
+            "precision": str(generator.precision).removeprefix("torch."),
         },
         "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count},
         "extractor": {"network": extractor.name, "weights_sha256": extractor.sha256},
-        "device": utils.describe_device(generator.device, torch.float32),
+        "device": utils.describe_device(generator.device, generator.precision),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "torch", "torchvision", "torchmetrics", "torch-fidelity")},
@@ -100,9 +101,11 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
 def main(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
-    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
+    precision = utils.pick_precision(args.precision, device)
+    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta, precision)
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    log.info("%s on %s: scoring %d images, %s", args.checkpoint, device, args.num_samples, generator.sampler)
+    where = utils.describe_device(device, precision)
+    log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
 
     real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)

@@ -5,7 +5,7 @@ import argparse
 import config
 from src import errors
 
-SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED BATCH_SIZE INTERP_STEPS DEVICE".split()
+SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS DEVICE".split()
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,16 +67,11 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
 def main(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
     unet, diffusion, _ = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
-    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta)
+    precision = utils.pick_precision(args.precision, device)
+    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta, precision)
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    log.info(
-        "%s on %s: %d images, %s, %d steps",
-        args.checkpoint,
-        device,
-        args.num_samples,
-        args.sampler,
-        generator.steps,
-    )
+    where, how = utils.describe_device(device, precision), (args.num_samples, args.sampler, generator.steps)
+    log.info("%s on %s: %d images, %s, %d steps", args.checkpoint, where, *how)
 
     write_samples(generator, args, directory)
     if args.interpolate:

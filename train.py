@@ -200,8 +200,8 @@ class Trainer:
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
-        args = self.args
-        generator = pipeline.Generator(self.ema.model, self.diffusion, args.sampler, args.steps, args.eta)
+        model, args = self.ema.model, self.args
+        generator = pipeline.Generator(model, self.diffusion, args.sampler, args.steps, args.eta, self.precision)
         batches = generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: signals.check())
         return utils.image_grid(torch.cat(list(batches)))
 

@@ -62,13 +62,22 @@ class Generator:
         sampler: a name in SAMPLERS.
         steps: network evaluations an image; 0 means DEFAULT_STEPS, or all timesteps if those are fewer.
         eta: DDIM's share of fresh noise, 0 to 1; the other samplers have none to set.
+        precision: of the network's arithmetic; the sampler's own stays float32.
 
     Raises:
         SettingError: there are more steps than the diffusion has timesteps.
     """
 
-    def __init__(self, unet: UNet, diffusion: Diffusion, sampler: str, steps: int = 0, eta: float = 0.0) -> None:
-        self.unet, self.diffusion = unet, diffusion
+    def __init__(
+        self,
+        unet: UNet,
+        diffusion: Diffusion,
+        sampler: str,
+        steps: int = 0,
+        eta: float = 0.0,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.unet, self.diffusion, self.precision = unet, diffusion, precision
         self.shape = (unet.channels, unet.image_size, unet.image_size)
         self.device = next(unet.parameters()).device
         self.sampler = sampler
@@ -82,8 +91,8 @@ class Generator:
     ) -> Iterator[Tensor]:
         """Images 0 to count - 1 of a seed, uint8 (B,C,H,W), a batch at a time.
 
-        Image i is the same whatever `count` and `batch_size` (but for float rounding, which on the CPU may
-        move a pixel by one grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
+        Image i is the same whatever `count` and `batch_size` (but for float rounding, which on the CPU in float32
+        may move a pixel by one grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
         """
         for first in range(0, count, batch_size):
             draw = ImageNoise(seed, range(first, min(first + batch_size, count)), self.shape, self.device)
@@ -99,10 +108,14 @@ class Generator:
         return torch.cat([self._follow(x_T, draw) for x_T in noises.split(batch_size)])
 
     def _follow(self, x_T: Tensor, draw: ImageNoise, on_step: Callable[[Tensor], None] | None = None) -> Tensor:
-        for x_t in SAMPLERS[self.sampler](self.unet, self.diffusion, x_T, draw, self.steps, **self.options):
+        for x_t in SAMPLERS[self.sampler](self._network, self.diffusion, x_T, draw, self.steps, **self.options):
             if on_step is not None:
                 on_step(x_t)
         return to_uint8(x_t).cpu()
+
+    def _network(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.unet(x_t, t).float()
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         "weights": "ema",
     }
     made = {"images": 16, "sampler": "ddim", "steps": 5, "eta": 0.0, "seed": 3, "batch_size": 6}
+    made["precision"] = "bfloat16"
     assert protocol["generated"] == made
     assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500}
     assert protocol["extractor"]["weights_sha256"] == weights_sha256
@@ -177,7 +178,8 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
     return scores
 
 
-EVALUATION = ["--num_samples", 16, "--steps", 5, "--seed", 3, "--batch_size", 6, "--device", "cpu"]
+EVALUATION = ["--num_samples", 16, "--steps", 5, "--seed", 3, "--batch_size", 6]
+EVALUATION += ["--precision", "bfloat16", "--device", "cpu"]
 
 
 class FakeExtractor:

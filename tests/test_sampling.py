@@ -29,7 +29,8 @@ def draw(trained, tmp_path) -> Callable[..., Path]:
     """`draw(name, *flags)`: sample.py in this process, from the trained model unless told; the folder it wrote to."""
 
     def run(name: str, *flags: object, checkpoint: Path = trained.checkpoint) -> Path:
-        flags = ("--checkpoint", checkpoint, "--output_dir", tmp_path / name, "--device", "cpu", *flags)
+        exact = ("--device", "cpu", "--precision", "float32")
+        flags = ("--checkpoint", checkpoint, "--output_dir", tmp_path / name, *exact, *flags)
         assert sample.main(arguments(sample, *flags)) == 0
         return tmp_path / name
 
@@ -116,6 +117,28 @@ def test_a_model_is_sampled_with_its_own_settings_whatever_config_says(random_mo
 
     assert np.abs(written - by_hand(random_model.diffusion)).max() <= 1
     assert np.abs(written - by_hand(Diffusion(40, "cosine"))).max() > 1  # the schedule does make a difference
+
+
+# ---- precision ---------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_gives_the_same_pictures_but_for_its_rounding(draw):
+    flags = ["--num_samples", 8, "--steps", 20]
+    exact, others = read_samples(draw("exact", *flags)), read_samples(draw("others", *flags, "--seed", 1))
+    coarse = read_samples(draw("coarse", *flags, "--precision", "bfloat16"))
+    assert 0 < np.abs(coarse - exact).mean() < 0.02 * np.abs(others - exact).mean()
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_only_the_network_computes_in_bfloat16(sampler, random_model):
+    """Its weights stay float32, as do the x_t that it gets and gives; inside it there is bfloat16."""
+    seen, states = [], []
+    hook = random_model.unet.middle_in.conv2.register_forward_hook(lambda _, x, y: seen.append(y.dtype))
+    generator = pipeline.Generator(random_model.unet, random_model.diffusion, sampler, 3, precision=torch.bfloat16)
+    next(generator.generate(0, 2, 2, states.append))
+    hook.remove()
+    assert seen == [torch.bfloat16] * 3
+    assert {x_t.dtype for x_t in states} == {p.dtype for p in random_model.unet.parameters()} == {torch.float32}
 
 
 # ---- seeds and batches -------------------------------------------------------------------------------------
