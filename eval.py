@@ -9,7 +9,7 @@ SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE DEVICE DATA_
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES)
+    parser = config.Parser(__doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
     parser.add_output_dir("eval")
     parser.add_argument(
@@ -112,19 +112,22 @@ def main(args: argparse.Namespace) -> int:
     about = protocol(args, generator, settings, len(real), extractor)  # now: a training may soon replace the file
     scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)
 
-    images, start = [], time.perf_counter()
-    steps = generator.steps * -(-args.num_samples // args.batch_size)
-    with utils.progress(log, total=steps, unit="step", desc="generating and scoring") as bar:
-        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: bar.update()):
+    shown, start = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter()
+    with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
+
+        def on_step(x_t: torch.Tensor) -> None:
+            bar.update(len(x_t) / generator.steps)
+
+        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
             scores.update(batch)
-            images.append(batch)
+            shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]  # all others are let go
     seconds = time.perf_counter() - start
 
     results = scores.compute()
     (directory / "metrics.json").write_text(
         json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
     )
-    utils.save_png(utils.image_grid(torch.cat(images)[:64]), directory / "grid.png")
+    utils.save_png(utils.image_grid(shown), directory / "grid.png")
     print(table(results, about))
     log.info("wrote metrics.json and grid.png to %s", directory)
     return 0

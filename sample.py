@@ -9,7 +9,7 @@ SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, SETTINGS)
+    parser = config.Parser(__doc__, SETTINGS, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
     parser.add_output_dir("samples")
     parser.add_argument("--interpolate", action="store_true", help="also morph the first image into the second")
@@ -42,25 +42,24 @@ GIF_FRAMES = 50  # pictures of an animation, however many steps the sampler take
 
 
 def write_samples(generator: pipeline.Generator, args: argparse.Namespace, directory: Path) -> None:
-    """Write NUM_SAMPLES images one by one, all of them as a grid, and on request how the first batch emerged."""
-    images: list[Tensor] = []
+    """Write NUM_SAMPLES images as they come, the first of them as a grid, and on request how those emerged."""
+    shown = torch.empty(0, *generator.shape, dtype=torch.uint8)  # the images of the grid; all others are let go
     frames: list[Tensor] = []  # of the first batch, as grids
-    steps = generator.steps * -(-args.num_samples // args.batch_size)
-    step = itertools.count(1)  # the bar does not count where it is not shown
-    with utils.progress(log, total=steps, unit="step", desc="sampling") as bar:
+    number, step = itertools.count(), itertools.count(1)  # the bar does not count where it is not shown
+    with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="sampling") as bar:
 
         def on_step(x_t: Tensor) -> None:
-            bar.update()
-            if args.gif and not images and next(step) % max(1, generator.steps // GIF_FRAMES) == 0:
-                frames.append(utils.image_grid(utils.to_uint8(x_t)))
+            bar.update(len(x_t) / generator.steps)
+            if args.gif and not len(shown) and next(step) % max(1, generator.steps // GIF_FRAMES) == 0:
+                frames.append(utils.image_grid(utils.to_uint8(x_t[: utils.GRID_IMAGES])))
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
-            for index, image in enumerate(batch, start=len(images)):
-                utils.save_png(image, directory / f"sample_{index:05d}.png")
-            images.extend(batch)
-    utils.save_png(utils.image_grid(torch.stack(images)), directory / "grid.png")
+            for image in batch:
+                utils.save_png(image, directory / f"sample_{next(number):05d}.png")
+            shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]
+    utils.save_png(utils.image_grid(shown), directory / "grid.png")
     if args.gif:
-        frames.append(utils.image_grid(torch.stack(images[: args.batch_size])))
+        frames.append(utils.image_grid(shown[: args.batch_size]))
         utils.save_gif(frames, directory / "denoising.gif")
 
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from src.errors import SettingError  # an absent device or an unwritable place is something the user can mend
 
+GRID_IMAGES = 64  # most that the grid of sample.py and of eval.py shows, 8 × 8
+
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is any, else the CPU; other names are torch's, as "cpu" or "cuda:1".

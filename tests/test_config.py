@@ -47,7 +47,7 @@ def test_the_defaults_are_the_specification_s():
 
 
 def test_every_constant_is_a_flag_of_some_script_and_is_documented():
-    used = {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS, "EVAL_SAMPLES"}
+    used = {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS, "EVAL_SAMPLES", "SAMPLE_BATCH"}
     assert used == set(SETTINGS) == set(config._comments())
 
 

@@ -195,6 +195,71 @@ def test_steps_are_the_sampler_s_own_unless_given(sampler, time_steps, steps, ra
     assert pipeline.Generator(random_model.unet, Diffusion(time_steps, "linear"), sampler).steps == steps
 
 
+# ---- memory ------------------------------------------------------------------------------------------------
+
+# Prints the most memory that the process ever held, in kB: after 256 images of 128 × 128, after 2,048, and after 2,048
+# that were all kept for one grid. It asks /proc, for ru_maxrss is never less than what the parent of the process held.
+PEAKS = """
+import re, sys
+from pathlib import Path
+import torch
+from src import diffusion, pipeline, utils
+import sample
+
+class Blank(torch.nn.Linear):
+    channels, image_size = 1, 128
+    def forward(self, x_t, t): return torch.zeros_like(x_t)
+
+generator = pipeline.Generator(Blank(1, 1), diffusion.Diffusion(10, "linear"), "ddim", steps=1)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+for count in "256", "2048":
+    sys.argv[1:] = ["--num_samples", count, "--batch_size", "16"]
+    sample.write_samples(generator, sample.parse_args(), Path())
+    print(peak())
+grid = utils.image_grid(torch.cat(list(generator.generate(0, 2048, 16))))
+print(peak())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory that it took")
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    (tmp_path / "peaks.py").write_text(PEAKS)
+    done = run_script(tmp_path / "peaks.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("sample_*.png"))) == 2048
+    few, many, kept = map(int, done.stdout.split())
+    assert many < 1.1 * few
+    assert kept > 1.1 * many  # negative control: were they kept, it would show
+
+
+def test_a_grid_shows_the_first_sixty_four_images(draw):
+    folder = draw("many", "--num_samples", 70, "--batch_size", 50, "--steps", 1, "--gif")
+    grid = read_png(folder / "grid.png")
+    assert grid.shape == (8 * 34, 8 * 34)
+    tiles = grid.reshape(8, 34, 8, 34).swapaxes(1, 2).reshape(64, 34, 34)[:, 1:-1, 1:-1]
+    images = read_samples(folder)
+    assert len(images) == 70 and np.array_equal(tiles, images[:64])
+
+
+def test_the_bar_counts_images_as_they_become(draw, monkeypatch, random_model):
+    """Also within a batch: after each of its steps, a part of each image is done."""
+    counted = []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, images: float) -> None:
+            counted.append(images)
+
+    monkeypatch.setattr(utils, "progress", lambda log, **options: counted.append(options["total"]) or Bar())
+    draw("samples", "--num_samples", 5, "--batch_size", 4, "--steps", 10)
+    assert counted == [5] + [4 / 10] * 10 + [1 / 10] * 10
+
+
 # ---- interpolation -----------------------------------------------------------------------------------------
 
 
