@@ -42,7 +42,7 @@ SAMPLER: str = "ddim"  # ddpm (ancestral), or in few steps: ddim, or dpmpp_2m (D
 STEPS: int = 0  # network evaluations an image; 0 = TIME_STEPS for ddpm, 50 for the others
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
-SAMPLE_BATCH: int = 128  # sample.py's and eval.py's default for --batch_size; CPUs were as fast with 32
+SAMPLE_BATCH: int = 64  # sample.py's and eval.py's default for --batch_size: of 16 to 256 the fastest on a CPU
 EVAL_SAMPLES: int = 1000  # eval.py's default for --num_samples
 
 # Saving and logging
