@@ -1,0 +1,242 @@
+"""How fast is it, and how well does it use this machine? Prints Markdown tables; progress goes to stderr.
+
+    python tests/benchmark.py                            # some ten minutes on two cores
+    pip install denoising-diffusion-pytorch diffusers    # these are measured beside it where installed
+
+Tasks run in turn (A B A B …), so that whatever else the machine is doing falls on all alike; a time is the median.
+Training is a whole step (drawing a batch, forward, backward, clipping, optimiser, average), inference is one
+evaluation of the network. FLOP are those of convolutions and matrix products, two a multiply-add, and three times the
+forward pass's in training. "Of peak" compares them with a large matrix product in the same precision on the same
+machine (on CUDA, torch lets float32 convolutions use TF32, but not matrix products: a share can exceed 100%).
+"""
+
+import math
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root, whatever the working directory
+import contestants
+from contestants import name_of, ours, trainer
+
+import config
+import train
+from src import errors
+
+Task = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and for how long."""
+
+    settings: dict[str, Any] = field(default_factory=dict)  # where they are not config.py's
+    seconds: float = 5.0  # for each task, which gets `turns` turns at least
+    turns: int = 3
+    compiled: bool = True
+    matrix: int = 0  # side of the matrices that show the peak; 0 = large for the device
+    batch_sizes: Sequence[int] = (16, 32, 64, 128, 256)
+    image_sizes: Sequence[int] = (16, 32, 64)
+    steps: Sequence[int] = (0, 10, 20, 50)  # 0 = the sampler's own number
+    samples: int = 32  # images whose sampling is timed
+    many: Sequence[int] = (256, 2048)  # numbers of images whose sampling's memory is compared
+
+
+QUICK = Plan(
+    {"batch_size": 4, "unet_dim": 8, "unet_dim_mults": [1, 2], "val_size": 10}, seconds=0, turns=1, compiled=False,
+    matrix=64, batch_sizes=(2, 4), image_sizes=(16, 32), steps=(0, 1, 2), samples=2, many=(2, 4),
+)  # fmt: skip
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timing:
+    """Seconds of a task: its first call, in which memory is claimed and code compiled, and the median of the rest."""
+
+    first: float
+    usual: float
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def clock(task: Task) -> float:
+    """Seconds that a call takes, what it starts on the GPU included."""
+    start = time.perf_counter()
+    task()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(what: str, tasks: dict[Any, Task], plan: Plan) -> dict[Any, Timing]:
+    """Time the tasks, each called in turn; nan for one that this machine cannot do, lacking memory or a compiler."""
+    say(f"measuring {what}: {', '.join(map(str, tasks))}")
+    first, times = {}, {}
+    for key, task in tasks.items():
+        try:
+            first[key], times[key] = clock(task), []
+        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+            say(f"left out: {key} ({str(error).strip().splitlines()[0]})")
+    end, turns = time.perf_counter() + plan.seconds * len(times), 0
+    while turns < plan.turns or time.perf_counter() < end:
+        turns += 1
+        for key in times:
+            times[key].append(clock(tasks[key]))
+    failed = {key: Timing(math.nan, math.nan) for key in tasks if key not in times}
+    return {key: Timing(first[key], statistics.median(times[key])) for key in times} | failed
+
+
+def matmul_peak(device: torch.device, plan: Plan) -> dict[torch.dtype, float]:
+    """GFLOP/s of a large square matrix product in each precision."""
+    side = plan.matrix or (8192 if device.type == "cuda" else 2048)
+    squares = {p: torch.randn(side, side, device=device).to(p) for p in (torch.bfloat16, torch.float32)}
+    times = alternate("matrix products", {p: partial(torch.matmul, a, a) for p, a in squares.items()}, plan)
+    return {p: 2 * side**3 / 1e9 / t.usual for p, t in times.items()}
+
+
+def sampling(run: train.Trainer) -> Task:
+    """NUM_SAMPLES whole images, as a training draws them for its grids."""
+    return lambda: run.sample_grid(SimpleNamespace(check=lambda: None))
+
+
+def sampling_memory(settings: dict[str, Any], images: int) -> float:
+    """Peak memory in MB of sampling that many images: on CUDA of all tensors, else of this whole process."""
+    run = trainer(4096, **settings, num_samples=images, steps=2)  # more steps would need no more
+    sampling(run)()
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.device) / 1e6
+    if sys.platform == "linux":  # where getrusage would give the parent's peak, if that was higher
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # on macOS in bytes
+
+
+# ---- reporting ---------------------------------------------------------------------------------------------
+
+
+def show_machine(run: train.Trainer, peak: dict[torch.dtype, float]) -> None:
+    """What everything below was measured on."""
+    name = platform.processor() or platform.machine()
+    if run.device.type == "cuda":
+        name = torch.cuda.get_device_name(run.device)
+    elif sys.platform == "linux" and (model := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())):
+        name = model[1]
+    print(f"- {name}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    print(f"- PRECISION {run.args.precision} is {name_of(run.precision)} here")
+    rates = (f"{rate:,.0f} GFLOP/s in {name_of(p)}" for p, rate in peak.items())
+    print(f"- large matrix product: {', '.join(rates)}", flush=True)
+
+
+def show_table(header: str, rows: Iterable[Sequence[str | float]]) -> None:
+    """Print a Markdown table that reads well as plain text, too; numbers with three digits, counts with all."""
+
+    def text(x: str | float) -> str:
+        return x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    cells = [header.split(" | "), *([text(x) for x in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    print()
+    for first, *rest in [cells[0], rule, *cells[1:]]:
+        print("|", " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]), "|", flush=True)
+
+
+def compare(default: train.Trainer, peak: dict[torch.dtype, float], plan: Plan) -> None:
+    """Training and inference of all contestants on the same batches, and the share of time spent drawing these."""
+    batches = contestants.batches(default)
+    x_t = next(batches)
+    found = contestants.gather(default, plan.settings, plan.compiled)
+    tasks = {c.name: c.training(batches) for c in found}
+    training = alternate("training", {"drawing a batch": lambda: next(batches), **tasks}, plan)
+    inference = alternate("inference", {c.name: c.inference(x_t) for c in found}, plan)
+    for what, times, passes in ("training", training, 3), ("inference", inference, 1):
+        rows = []
+        for c in found:
+            speed, gflop = len(x_t) / times[c.name].usual, passes * c.gflop(x_t)
+            share = f"{speed * gflop / peak[c.precision]:.0%}"
+            rows.append((c.name, speed, c.parameters, gflop, speed * gflop, share, times[c.name].first))
+        columns = "images/s | parameters | GFLOP an image | GFLOP/s | of peak | first call, s"
+        show_table(f"{what}, batches of {len(x_t)} | {columns}", rows)
+    drawing, step = training["drawing a batch"].usual, training[found[0].name].usual
+    print(f"\nOf a training step, {drawing / step:.2%} is spent on drawing the batch ({1e3 * drawing:.2f} ms).")
+
+
+def show_growth(setting: str, values: Sequence[int], plan: Plan) -> None:
+    """The network's speed as one setting changes, the others being the default's."""
+    runs = {value: trainer(**plan.settings | {setting: value}) for value in values}
+    tasks, gflop = {}, {}
+    for value, run in runs.items():
+        batches, c = contestants.batches(run), ours("", run)
+        x_t = next(batches)
+        tasks |= {f"training {value}": c.training(batches), f"inference {value}": c.inference(x_t)}
+        gflop[value] = c.gflop(x_t)
+    times = alternate(setting, tasks, plan)
+    rows = [
+        (v, gflop[v], *(run.args.batch_size / times[f"{what} {v}"].usual for what in ("training", "inference")))
+        for v, run in runs.items()
+    ]
+    show_table(f"{setting} | GFLOP an image | training, images/s | inference, images/s", rows)
+
+
+def show_sampling(plan: Plan) -> None:
+    """Whole images a second, with the default sampler, as the steps grow."""
+    runs = {n: trainer(**plan.settings, steps=n, num_samples=plan.samples) for n in plan.steps}
+    times = alternate("sampling, steps", {n: sampling(run) for n, run in runs.items()}, plan)
+    rows = [(n or "default", plan.samples / t.usual, t.usual) for n, t in times.items()]
+    show_table(f"{config.SAMPLER}, steps | images/s | {plan.samples} images, s", rows)
+
+
+def show_memory(plan: Plan) -> None:
+    """Peak memory of sampling, each number of images in a process of its own."""
+    rows = []
+    for images in plan.many:
+        say(f"measuring memory: sampling {images} images")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows.append((images, process.submit(sampling_memory, plan.settings, images).result()))
+    show_table("sampled images | peak memory, MB", rows)
+
+
+def main(plan: Plan) -> int:
+    """Measure everything in `plan`, printing each table when it is done; returns the exit status."""
+    default = trainer(**plan.settings)
+    if default.device.type == "cuda":
+        torch.cuda.set_device(default.device.index or 0)  # the one that `clock` waits for
+    peak = matmul_peak(default.device, plan)
+    show_machine(default, peak)
+    compare(default, peak, plan)
+    show_growth("batch_size", plan.batch_sizes, plan)
+    show_growth("image_size", plan.image_sizes, plan)
+    show_sampling(plan)
+    show_memory(plan)
+    return 0
+
+
+def parse_args() -> Plan:
+    """The plan that the command line asks for."""
+    parser = config.Parser(__doc__, ["DEVICE"])
+    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="for each task (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds in all: does it still run?")
+    args = parser.parse_args()
+    plan = QUICK if args.quick else Plan(seconds=args.seconds)
+    return replace(plan, settings=plan.settings | {"device": args.device})
+
+
+if __name__ == "__main__":
+    errors.run(partial(main, parse_args()), "benchmark.py", quiet=True)

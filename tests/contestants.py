@@ -1,0 +1,156 @@
+"""Who is measured by benchmark.py: this repository in its variants, and others where they are installed."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+import train
+from src import dataset
+
+
+@dataclass
+class Contestant:
+    """A network, its training step on images x0 in [-1, 1], and its prediction from (x_t, t)."""
+
+    name: str
+    network: nn.Module
+    train_step: Callable[[Tensor], object]
+    predict: Callable[[Tensor, Tensor], Tensor]
+    precision: torch.dtype = torch.float32
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+    def training(self, batches: Iterator[Tensor]) -> Callable[[], object]:
+        """A task: draw a batch, and take a step on it."""
+        return lambda: self.train_step(next(batches))
+
+    def inference(self, x_t: Tensor) -> Callable[[], object]:
+        """A task: predict for the images x_t (B,C,H,W), each at another timestep."""
+        t = torch.arange(len(x_t), device=x_t.device)
+        return torch.inference_mode()(lambda: self.predict(x_t, t))
+
+    def gflop(self, x_t: Tensor) -> float:
+        """Billions of operations in a prediction for one image like x_t (B,C,H,W)."""
+        x_t, t = x_t[:1], torch.zeros(1, dtype=torch.long, device=x_t.device)
+        counter = FlopCounterMode(display=False)
+        # The counter sees single operations: attention must be spelled out as two products, and nothing compiled.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), counter:
+            self.predict(x_t, t)
+        return counter.get_total_flops() / 1e9
+
+
+def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
+    """train.py's own, with config.py's settings but for `changes`, on as many images as Fashion-MNIST has."""
+    args = config.Parser("", train.SETTINGS).parse_args([])
+    vars(args).update(changes)
+    data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
+    with mock.patch("src.dataset.load", return_value=data):
+        return train.Trainer(args)
+
+
+@cache
+def noise(*shape: int) -> Tensor:
+    """Images as bytes (N,C,H,W); speed does not depend on what they show."""
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+def batches(run: train.Trainer) -> Iterator[Tensor]:
+    """The x0 (B,C,H,W) of a training, epoch after epoch."""
+    for epoch in count():
+        drawn = dataset.batches(run.images, run.labels, run.args.batch_size, run.args.seed, epoch, run.device)
+        yield from (x0 for x0, _ in drawn)
+
+
+def ours(name: str, run: train.Trainer) -> Contestant:
+    """This repository: train.py's own step."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
+            return run.model(x_t, t)
+
+    return Contestant(name, run.model, run.train_step, predict, run.precision)
+
+
+def compiled(run: train.Trainer) -> train.Trainer:
+    """The same with a network that torch.compile translates at its first call."""
+    run.model.compile()
+    return run
+
+
+def denoising_diffusion_pytorch(device: torch.device) -> Contestant:
+    """The package of that name: its defaults at our widths; optimiser, clipping and average as in its Trainer."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    diffusion = GaussianDiffusion(Unet(dim=32, dim_mults=(1, 2, 4, 8), channels=1), image_size=32).to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+
+    def train_step(x0: Tensor) -> None:
+        diffusion((x0 + 1) / 2).backward()  # it takes images in [0, 1]
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    return Contestant("denoising-diffusion-pytorch", diffusion.model, train_step, diffusion.model)
+
+
+def diffusers(device: torch.device) -> Contestant:
+    """UNet2DModel with our widths, attention at 16×16 and 8×8; trained as in diffusers' unconditional example."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    unet = UNet2DModel(
+        sample_size=32, in_channels=1, out_channels=1, layers_per_block=2, block_out_channels=(32, 64, 128, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).to(device)  # fmt: skip
+    scheduler = DDPMScheduler()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def train_step(x0: Tensor) -> None:
+        eps, t = torch.randn_like(x0), torch.randint(1000, (len(x0),), device=device)
+        x_t = scheduler.add_noise(x0, eps, t)
+        nn.functional.mse_loss(unet(x_t, t).sample, eps).backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+
+    return Contestant("diffusers", unet, train_step, lambda x_t, t: unet(x_t, t).sample)
+
+
+PEERS = (denoising_diffusion_pytorch, diffusers)
+
+
+def name_of(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
+
+
+def gather(default: train.Trainer, settings: dict[str, Any], with_compiled: bool) -> list[Contestant]:
+    """This repository, first by `default`, then in the other precision and compiled; and whichever peers are there."""
+    name = f"this repository, {name_of(default.precision)}"
+    other = "float32" if default.precision != torch.float32 else "bfloat16"
+    found = [ours(name, default), ours(f"this repository, {other}", trainer(**settings, precision=other))]
+    if with_compiled:
+        found.append(ours(f"{name}, compiled", compiled(trainer(**settings))))
+    for peer in PEERS:
+        try:
+            found.append(peer(default.device))
+        except ImportError as error:
+            print(f"left out: {peer.__name__} ({error})", file=sys.stderr, flush=True)
+    return found
