@@ -10,6 +10,7 @@ forward pass's in training. "Of peak" compares them with a large matrix product 
 machine (on CUDA, torch lets float32 convolutions use TF32, but not matrix products: a share can exceed 100%).
 """
 
+import logging
 import math
 import platform
 import re
@@ -35,6 +36,7 @@ import config
 import train
 from src import errors
 
+log = logging.getLogger("benchmark")
 Task = Callable[[], object]
 
 
@@ -71,10 +73,6 @@ class Timing:
     usual: float
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def clock(task: Task) -> float:
     """Seconds that a call takes, what it starts on the GPU included."""
     start = time.perf_counter()
@@ -86,13 +84,13 @@ def clock(task: Task) -> float:
 
 def alternate(what: str, tasks: dict[Any, Task], plan: Plan) -> dict[Any, Timing]:
     """Time the tasks, each called in turn; nan for one that this machine cannot do, lacking memory or a compiler."""
-    say(f"measuring {what}: {', '.join(map(str, tasks))}")
+    log.info("measuring %s: %s", what, ", ".join(map(str, tasks)))
     first, times = {}, {}
     for key, task in tasks.items():
         try:
             first[key], times[key] = clock(task), []
         except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-            say(f"left out: {key} ({str(error).strip().splitlines()[0]})")
+            log.warning("left out: %s (%s)", key, str(error).strip().splitlines()[0])
     end, turns = time.perf_counter() + plan.seconds * len(times), 0
     while turns < plan.turns or time.perf_counter() < end:
         turns += 1
@@ -207,7 +205,7 @@ def show_memory(plan: Plan) -> None:
     """Peak memory of sampling, each number of images in a process of its own."""
     rows = []
     for images in plan.many:
-        say(f"measuring memory: sampling {images} images")
+        log.info("measuring memory: sampling %d images", images)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             rows.append((images, process.submit(sampling_memory, plan.settings, images).result()))
     show_table("sampled images | peak memory, MB", rows)
@@ -228,15 +226,17 @@ def main(plan: Plan) -> int:
     return 0
 
 
-def parse_args() -> Plan:
-    """The plan that the command line asks for."""
-    parser = config.Parser(__doc__, ["DEVICE"])
+def parse_args() -> tuple[Plan, bool]:
+    """The plan that the command line asks for, and whether to be quiet."""
+    parser = config.Parser(__doc__.splitlines()[0], ["DEVICE"])
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="for each task (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds in all: does it still run?")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan(seconds=args.seconds)
-    return replace(plan, settings=plan.settings | {"device": args.device})
+    return replace(plan, settings=plan.settings | {"device": args.device}), args.quiet
 
 
 if __name__ == "__main__":
-    errors.run(partial(main, parse_args()), "benchmark.py", quiet=True)
+    PLAN, QUIET = parse_args()
+    logging.basicConfig(level=logging.WARNING if QUIET else logging.INFO, format="%(message)s", stream=sys.stderr)
+    errors.run(partial(main, PLAN), "benchmark.py", QUIET)

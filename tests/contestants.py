@@ -1,6 +1,6 @@
 """Who is measured by benchmark.py: this repository in its variants, and others where they are installed."""
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import train
 from src import dataset
+
+log = logging.getLogger("benchmark")
 
 
 @dataclass
@@ -152,5 +154,5 @@ def gather(default: train.Trainer, settings: dict[str, Any], with_compiled: bool
         try:
             found.append(peer(default.device))
         except ImportError as error:
-            print(f"left out: {peer.__name__} ({error})", file=sys.stderr, flush=True)
+            log.warning("left out: %s (%s)", peer.__name__, error)
     return found
