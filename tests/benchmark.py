@@ -6,8 +6,8 @@
 Tasks run in turn (A B A B …), so that whatever else the machine is doing falls on all alike; a time is the median.
 Training is a whole step (drawing a batch, forward, backward, clipping, optimiser, average), inference is one
 evaluation of the network. FLOP are those of convolutions and matrix products, two a multiply-add, and three times the
-forward pass's in training. "Of peak" compares them with a large matrix product in the same precision on the same
-machine (on CUDA, torch lets float32 convolutions use TF32, but not matrix products: a share can exceed 100%).
+forward pass's in training. "Of peak" compares them with a large matrix product in the same precision, itself one of
+the tasks. That is a yardstick, not a bound: convolutions have short cuts, such as TF32 for float32 on CUDA.
 """
 
 import logging
@@ -34,7 +34,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src import errors
+from src import errors, utils
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]
@@ -100,12 +100,10 @@ def alternate(what: str, tasks: dict[Any, Task], plan: Plan) -> dict[Any, Timing
     return {key: Timing(first[key], statistics.median(times[key])) for key in times} | failed
 
 
-def matmul_peak(device: torch.device, plan: Plan) -> dict[torch.dtype, float]:
-    """GFLOP/s of a large square matrix product in each precision."""
-    side = plan.matrix or (8192 if device.type == "cuda" else 2048)
-    squares = {p: torch.randn(side, side, device=device).to(p) for p in (torch.bfloat16, torch.float32)}
-    times = alternate("matrix products", {p: partial(torch.matmul, a, a) for p, a in squares.items()}, plan)
-    return {p: 2 * side**3 / 1e9 / t.usual for p, t in times.items()}
+def matrix_product(precision: torch.dtype, side: int, device: torch.device) -> Task:
+    """A product of two square matrices."""
+    a = torch.randn(side, side, device=device).to(precision)
+    return lambda: a @ a
 
 
 def sampling(run: train.Trainer) -> Task:
@@ -156,23 +154,32 @@ def show_table(header: str, rows: Iterable[Sequence[str | float]]) -> None:
         print("|", " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]), "|", flush=True)
 
 
-def compare(default: train.Trainer, peak: dict[torch.dtype, float], plan: Plan) -> None:
-    """Training and inference of all contestants on the same batches, and the share of time spent drawing these."""
+def compare(plan: Plan) -> None:
+    """All contestants on the same batches, beside matrix products and the drawing of these batches."""
+    default = trainer(**plan.settings)
+    found = contestants.gather(default, plan.settings, plan.compiled)
     batches = contestants.batches(default)
     x_t = next(batches)
-    found = contestants.gather(default, plan.settings, plan.compiled)
-    tasks = {c.name: c.training(batches) for c in found}
-    training = alternate("training", {"drawing a batch": lambda: next(batches), **tasks}, plan)
-    inference = alternate("inference", {c.name: c.inference(x_t) for c in found}, plan)
-    for what, times, passes in ("training", training, 3), ("inference", inference, 1):
+    side = plan.matrix or (8192 if default.device.type == "cuda" else 2048)
+    products = {p: f"{name_of(p)} matrix product" for p in (torch.bfloat16, torch.float32)}
+    tasks = {"drawing a batch": lambda: next(batches)}
+    tasks |= {name: matrix_product(p, side, default.device) for p, name in products.items()}
+    for c in found:
+        tasks |= c.tasks(batches, x_t)
+    times = alternate("networks", tasks, plan)
+
+    peak = {p: 2 * side**3 / 1e9 / times[name].usual for p, name in products.items()}
+    show_machine(default, peak)
+    for what, passes in ("training", 3), ("inference", 1):
         rows = []
         for c in found:
-            speed, gflop = len(x_t) / times[c.name].usual, passes * c.gflop(x_t)
+            timing, gflop = times[f"{what}, {c.name}"], passes * c.gflop(x_t)
+            speed = len(x_t) / timing.usual
             share = f"{speed * gflop / peak[c.precision]:.0%}"
-            rows.append((c.name, speed, c.parameters, gflop, speed * gflop, share, times[c.name].first))
+            rows.append((c.name, speed, c.parameters, gflop, speed * gflop, share, timing.first))
         columns = "images/s | parameters | GFLOP an image | GFLOP/s | of peak | first call, s"
         show_table(f"{what}, batches of {len(x_t)} | {columns}", rows)
-    drawing, step = training["drawing a batch"].usual, training[found[0].name].usual
+    drawing, step = times["drawing a batch"].usual, times[f"training, {found[0].name}"].usual
     print(f"\nOf a training step, {drawing / step:.2%} is spent on drawing the batch ({1e3 * drawing:.2f} ms).")
 
 
@@ -181,13 +188,13 @@ def show_growth(setting: str, values: Sequence[int], plan: Plan) -> None:
     runs = {value: trainer(**plan.settings | {setting: value}) for value in values}
     tasks, gflop = {}, {}
     for value, run in runs.items():
-        batches, c = contestants.batches(run), ours("", run)
+        batches, c = contestants.batches(run), ours(str(value), run)
         x_t = next(batches)
-        tasks |= {f"training {value}": c.training(batches), f"inference {value}": c.inference(x_t)}
+        tasks |= c.tasks(batches, x_t)
         gflop[value] = c.gflop(x_t)
     times = alternate(setting, tasks, plan)
     rows = [
-        (v, gflop[v], *(run.args.batch_size / times[f"{what} {v}"].usual for what in ("training", "inference")))
+        (v, gflop[v], *(run.args.batch_size / times[f"{what}, {v}"].usual for what in ("training", "inference")))
         for v, run in runs.items()
     ]
     show_table(f"{setting} | GFLOP an image | training, images/s | inference, images/s", rows)
@@ -213,12 +220,10 @@ def show_memory(plan: Plan) -> None:
 
 def main(plan: Plan) -> int:
     """Measure everything in `plan`, printing each table when it is done; returns the exit status."""
-    default = trainer(**plan.settings)
-    if default.device.type == "cuda":
-        torch.cuda.set_device(default.device.index or 0)  # the one that `clock` waits for
-    peak = matmul_peak(default.device, plan)
-    show_machine(default, peak)
-    compare(default, peak, plan)
+    device = utils.pick_device(plan.settings.get("device", config.DEVICE))
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # the one that `clock` waits for
+    compare(plan)
     show_growth("batch_size", plan.batch_sizes, plan)
     show_growth("image_size", plan.image_sizes, plan)
     show_sampling(plan)

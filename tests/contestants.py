@@ -34,14 +34,13 @@ class Contestant:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
-    def training(self, batches: Iterator[Tensor]) -> Callable[[], object]:
-        """A task: draw a batch, and take a step on it."""
-        return lambda: self.train_step(next(batches))
-
-    def inference(self, x_t: Tensor) -> Callable[[], object]:
-        """A task: predict for the images x_t (B,C,H,W), each at another timestep."""
+    def tasks(self, batches: Iterator[Tensor], x_t: Tensor) -> dict[str, Callable[[], object]]:
+        """What is timed: a step on the next of `batches`, and a prediction for x_t (B,C,H,W) at various timesteps."""
         t = torch.arange(len(x_t), device=x_t.device)
-        return torch.inference_mode()(lambda: self.predict(x_t, t))
+        return {
+            f"training, {self.name}": lambda: self.train_step(next(batches)),
+            f"inference, {self.name}": torch.inference_mode()(lambda: self.predict(x_t, t)),
+        }
 
     def gflop(self, x_t: Tensor) -> float:
         """Billions of operations in a prediction for one image like x_t (B,C,H,W)."""
