@@ -24,6 +24,7 @@ GRAD_CLIP: float = 1.0  # largest norm of the gradient
 EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
 SEED: int = 0  # of weights, data order and noise
 PRECISION: str = "auto"  # of the network: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
+COMPILE: bool = False  # of training: let torch.compile fuse the network; costs a minute or two at the start
 
 # U-Net
 UNET_DIM: int = 32  # channels at full resolution
@@ -113,8 +114,8 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
 
 # Settings that a resumed run may change; every other one shapes its weights and must stay.
 FREE_ON_RESUME = {
-    "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "DEVICE", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY",
-    "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA",
+    "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "COMPILE", "DEVICE",
+    "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY", "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA",
     "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
 
@@ -129,6 +130,14 @@ class Parser(argparse.ArgumentParser):
         comments, types = _comments(), _types()
         for name in settings:
             value = defaults.get(name, globals()[name])
+            if types[name] is bool:
+                self.add_argument(
+                    f"--{name.lower()}",
+                    action=argparse.BooleanOptionalAction,
+                    default=value,
+                    help=f"{comments[name]} (default: {value})",
+                )
+                continue
             many = types[name] == list[int]
             kind = int if many else types[name]
             self.add_argument(
