@@ -23,7 +23,7 @@ EPOCHS: int = 200  # passes over the training images
 GRAD_CLIP: float = 1.0  # largest norm of the gradient
 EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
 SEED: int = 0  # of weights, data order and noise
-PRECISION: str = "auto"  # of the network: float32, bfloat16, or auto: bfloat16 where there are matrix units for it
+PRECISION: str = "auto"  # of the network: float32, bfloat16, or auto: bfloat16 where the device is fast in it
 COMPILE: bool = False  # of training: let torch.compile fuse the network; costs a minute or two at the start
 
 # U-Net

@@ -34,13 +34,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device has matrix units for it (else it is slower than float32)."""
+    """ "auto" is bfloat16 where the device has instructions for it (else it is slower than float32)."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def describe_device(device: torch.device, precision: torch.dtype) -> str:
