@@ -19,7 +19,7 @@ from torch import Tensor
 
 import config
 import train
-from src import checkpoint, errors, lock
+from src import checkpoint, errors, lock, utils
 from src.ema import EMA
 from src.interrupt import StopSignals
 
@@ -196,6 +196,43 @@ def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, sa
     assert re.search(r"gradient of step \d+ is (nan|inf)", message) and "--learning_rate" in message
     assert not differences(saved("run"), good)
     assert all(w.isfinite().all() for w in saved("run", "best.pth")["ema"].values())
+
+
+# ---- speed without a price ---------------------------------------------------------------------------------
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it_and_float32_elsewhere(monkeypatch):
+    cpu = torch.device("cpu")
+    for amx, avx, chosen in [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)]:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
+        assert utils.pick_precision("auto", cpu) == chosen
+        assert utils.pick_precision("float32", cpu) == torch.float32
+
+
+def test_bfloat16_learns_as_float32_does(quick, saved):
+    """The same seed, so the same images, timesteps and noises: the curves differ by rounding alone."""
+    curves = {}
+    for precision in ("float32", "bfloat16"):
+        quick(precision, "--epochs", 30, "--save_every", 30, "--sample_every", 30, "--precision", precision)
+        state = saved(precision)
+        assert all(w.dtype == torch.float32 for w in state["model"].values())
+        curves[precision] = torch.tensor([state["history"]["train"], state["history"]["val"]])
+    exact, rounded = curves["float32"], curves["bfloat16"]
+    assert (exact[:, -1] < 0.6 * exact[:, 0]).all()  # there is something to follow
+    assert 0 < (rounded / exact - 1).abs().max() < 0.005
+
+
+@pytest.mark.slow
+def test_a_compiled_run_leaves_the_checkpoint_of_a_plain_one(quick, saved):
+    quick("plain", "--epochs", 1, "--precision", "float32")
+    quick("compiled", "--epochs", 1, "--precision", "float32", "--compile")
+    plain, compiled = saved("plain"), saved("compiled")
+    for part in ("model", "ema"):
+        assert list(compiled[part]) == list(plain[part])
+        for name, weights in plain[part].items():
+            torch.testing.assert_close(compiled[part][name], weights, rtol=0.01, atol=5e-4, msg=name)
+    assert quick("compiled", "--epochs", 2, "--precision", "float32") == 0  # and a plain run goes on from it
 
 
 # ---- stopping and resuming ---------------------------------------------------------------------------------
