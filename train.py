@@ -175,10 +175,9 @@ class Trainer:
         if last:
             self.save("final.pth")
         try:  # before latest.pth, for what that counts is never drawn again
-            output = Path(args.output_path)
-            utils.plot_losses(self.history["train"], self.history["val"], output / "losses.png")
+            utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))
             if samples is not None:
-                utils.save_png(samples, output / f"samples_epoch_{epoch:04d}.png")
+                utils.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
         finally:  # a picture that cannot be written costs no training
             if epoch % args.save_every == 0 or last:
                 self.save("latest.pth")
