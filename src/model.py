@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 ATTENTION_RESOLUTIONS = (16, 8)  # maps of this height get self-attention, beside the middle (Ho et al.: 16)
 LARGEST_SEPARABLE = 8  # from this height down, 3×3 convolutions are depthwise-separable
-HEAD_WIDTH = 32  # channels of one attention head
+HEAD_WIDTH = 64  # channels of one attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
 
 
@@ -55,25 +55,25 @@ def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """x + two (GroupNorm, SiLU, 3×3 convolution) layers; the time scales and shifts the second normalisation.
+    """x + two (3×3 convolution, GroupNorm, SiLU) layers; the time scales and shifts the first normalisation.
 
-    The scale and shift are Dhariwal & Nichol 2021's adaptive group normalisation (§3, equation AdaGN).
+    The scale and shift are Dhariwal & Nichol 2021's adaptive group normalisation (§3, equation AdaGN). Norms come
+    after the convolutions: before them, they would also run on the concatenated maps of the way up, twice as wide.
     """
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
         super().__init__()
-        self.norm1 = Norm(c_in)
         self.conv1 = conv3x3(c_in, c_out, resolution)
+        self.norm1 = Norm(c_out)
         self.time = nn.Linear(time_width, 2 * c_out)
-        self.norm2 = Norm(c_out)
         self.conv2 = conv3x3(c_out, c_out, resolution)
+        self.norm2 = Norm(c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1) each
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)  # (B, c_out, H, W)
-        return self.skip(x) + self.conv2(h)  # (B, c_out, H, W)
+        h = F.silu(torch.addcmul(shift, self.norm1(self.conv1(x)), 1 + scale))  # (B, c_out, H, W)
+        return self.skip(x) + F.silu(self.norm2(self.conv2(h)))  # (B, c_out, H, W)
 
 
 class Attention(nn.Module):
