@@ -100,8 +100,8 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     (("BETA_START", "BETA_END"), lambda start, end: start < end, "BETA_START must be below BETA_END"),
     (
         ("IMAGE_SIZE", "UNET_DIM_MULTS"),
-        lambda size, mults: size % 2 ** (len(mults) - 1) == 0,
-        "IMAGE_SIZE must be divisible by 2^(levels - 1), for each level but the last halves the image",
+        lambda size, mults: size % 2 ** (len(mults) - 1) == 0 and size > 2 ** (len(mults) - 1),
+        "IMAGE_SIZE must be divisible by 2^(levels - 1), for each level but the last halves the image, and above it",
     ),
     (("STEPS", "TIME_STEPS"), lambda steps, time_steps: steps <= time_steps, "STEPS must be at most TIME_STEPS"),
     (
@@ -112,12 +112,13 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
 ]
 
-# Settings that a resumed run may change; every other one shapes its weights and must stay.
+# Settings that a resumed run may change; every other one must stay, for it shapes the weights.
 FREE_ON_RESUME = {
-    "EPOCHS", "LEARNING_RATE", "GRAD_CLIP", "COMPILE", "DEVICE",
-    "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY", "NUM_SAMPLES", "SAMPLER", "STEPS", "ETA",
-    "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
+    "EPOCHS", "DEVICE", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY", "NUM_SAMPLES", "SAMPLER", "STEPS",
+    "ETA", "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
+# These shape them, and may change all the same, but not unseen.
+NOTED_ON_RESUME = {"LEARNING_RATE", "GRAD_CLIP", "COMPILE"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,23 +131,23 @@ class Parser(argparse.ArgumentParser):
         comments, types = _comments(), _types()
         for name in settings:
             value = defaults.get(name, globals()[name])
-            if types[name] is bool:
+            if isinstance(value, bool):
                 self.add_argument(
                     f"--{name.lower()}",
                     action=argparse.BooleanOptionalAction,
                     default=value,
-                    help=f"{comments[name]} (default: {value})",
+                    help=f"{comments.get(name, '')} (default: {value})",
                 )
                 continue
-            many = types[name] == list[int]
-            kind = int if many else types[name]
+            many = isinstance(value, list)
+            kind = int if many else types.get(name, type(value))
             self.add_argument(
                 f"--{name.lower()}",
                 type=kind,
                 nargs="+" if many else None,
                 default=value,
                 metavar=kind.__name__,
-                help=f"{comments[name]} (default: {' '.join(map(str, value)) if isinstance(value, list) else value})",
+                help=f"{comments.get(name, '')} (default: {' '.join(map(str, value)) if many else value})",
             )
 
     def add_checkpoint(self) -> None:
@@ -182,14 +183,17 @@ class Parser(argparse.ArgumentParser):
 def problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with these settings (lower-case names), a sentence each."""
     values = {name.upper(): value for name, value in values.items()}
-    rules = {name: rule for name, rule in RULES.items() if name in values}
-    found = []
-    for name, (holds, wording) in rules.items():
-        if not _has_type(values[name], name):
-            wording = f"of type {getattr(_types()[name], '__name__', 'list')}"
-        elif holds(values[name]):
-            continue
-        found.append(f"{name} is {values[name]!r}, but must be {wording}")
+    types = {name: kind for name, kind in _types().items() if name in values}
+    found = [
+        f"{name} is {values[name]!r}, but must be of type {getattr(kind, '__name__', kind)}"
+        for name, kind in types.items()
+        if not _has_type(values[name], kind)
+    ]
+    found += [
+        f"{name} is {values[name]!r}, but must be {wording}"
+        for name, (holds, wording) in RULES.items()
+        if name in values and _has_type(values[name], types.get(name)) and not holds(values[name])
+    ]
     if found:
         return found  # a relation between settings that are themselves wrong would only confuse
     return [
@@ -199,13 +203,15 @@ def problems(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings (lower-case names) that differ and may not on resume, a sentence each with both values."""
-    return [
-        f"{name.upper()} was {saved[name]!r} and is now {wanted[name]!r}"
-        for name in saved
-        if name in wanted and saved[name] != wanted[name] and name.upper() not in FREE_ON_RESUME
-    ]
+def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs in the settings (lower-case names) of a resumed run, a sentence each: refused, and merely noted."""
+    refused, noted = [], []
+    for name in sorted(wanted.keys() & {name.lower() for name in _types().keys() - FREE_ON_RESUME}):
+        before = repr(saved[name]) if name in saved else "not recorded"
+        if before != repr(wanted[name]):
+            sentences = noted if name.upper() in NOTED_ON_RESUME else refused
+            sentences.append(f"{name.upper()} was {before} and is now {wanted[name]!r}")
+    return refused, noted
 
 
 def _not_empty(path: str) -> str:
@@ -216,7 +222,7 @@ def _not_empty(path: str) -> str:
 
 def _comments() -> dict[str, str]:
     """The comment beside each constant of this file, read from its source."""
-    lines = re.findall(r"^([A-Z_]+): .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^([A-Z_]+)\b.+? +# (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     return {name: comment.replace("%", "%%") for name, comment in lines}
 
 
@@ -225,9 +231,8 @@ def _types() -> dict[str, Any]:
     return get_type_hints(sys.modules[__name__])
 
 
-def _has_type(value: Any, name: str) -> bool:
-    """Whether a constant still has its type: flags are converted by argparse, but the file may have been edited."""
-    kind = _types()[name]
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a constant has its type still: flags are converted by argparse, but the file may have been edited."""
     if kind == list[int]:
         return isinstance(value, list) and all(type(v) is int for v in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+    return kind is None or type(value) is kind or (kind is float and type(value) is int)

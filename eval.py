@@ -42,6 +42,7 @@ log = logging.getLogger("eval")
 
 def protocol(
     args: argparse.Namespace,
+    checkpoint_sha256: str,
     generator: pipeline.Generator,
     settings: dict[str, Any],
     reference_count: int,
@@ -51,7 +52,7 @@ def protocol(
     return {
         "checkpoint": {
             "file": str(args.checkpoint),
-            "sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+            "sha256": checkpoint_sha256,
             "weights": "ema",
         },
         "generated": {
@@ -101,6 +102,7 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
 def main(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
+    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()  # now: a training may soon replace it
     precision = utils.pick_precision(args.precision, device)
     generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta, precision)
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
 
     real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
-    about = protocol(args, generator, settings, len(real), extractor)  # now: a training may soon replace the file
+    about = protocol(args, sha256, generator, settings, len(real), extractor)
     scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)
 
     shown, start = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter()

@@ -50,7 +50,7 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
 
         def on_step(x_t: Tensor) -> None:
             bar.update(len(x_t) / generator.steps)
-            if args.gif and not len(shown) and next(step) % max(1, generator.steps // GIF_FRAMES) == 0:
+            if args.gif and not len(shown) and next(step) % -(-generator.steps // GIF_FRAMES) == 0:
                 frames.append(utils.image_grid(utils.to_uint8(x_t[: utils.GRID_IMAGES])))
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):

@@ -76,7 +76,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
         self.best = math.inf  # lowest validation loss
         self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses, one a finished epoch
-        self.saved_at = time.monotonic()  # when latest.pth was last written, or need not have been
+        self.save_due = time.monotonic() + 60 * args.save_minutes  # when latest.pth is to be written, come what may
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and the settings that rebuild the network."""
@@ -96,19 +96,24 @@ class Trainer:
             raise errors.UserError(
                 f"{path} holds no training to resume: move it away, or give another --checkpoint_path"
             )
-        changed = config.changed_settings(state["settings"], vars(self.args))
-        if changed:
+        refused, noted = config.changed_settings(state["settings"], vars(self.args))
+        if refused:
             raise errors.SettingError(
-                f"{path} cannot be resumed: {'; '.join(changed)}. Use the old values, or another --checkpoint_path"
+                f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or other paths for a new run"
             )
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for change in noted:
+            log.warning("from here on, %s", change)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.model.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            utils.set_rng_state(state["rng"], self.device)
+            for name in self.PROGRESS:
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise checkpoint.other_version(path) from error
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that a flag may change
-        utils.set_rng_state(state["rng"], self.device)
-        for name in self.PROGRESS:
-            setattr(self, name, state[name])
         self.loss_sum = self.loss_sum.to(self.device)
         log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.step)
 
@@ -116,7 +121,7 @@ class Trainer:
         path = Path(self.args.checkpoint_path) / name
         checkpoint.save(path, self.state())
         if name == "latest.pth":
-            self.saved_at = time.monotonic()
+            self.save_due = time.monotonic() + 60 * self.args.save_minutes
         return path
 
     def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,8 +156,7 @@ class Trainer:
             self.loss_sum += loss
             monitor.count_step(self.step, loss, norm, args.learning_rate)
             signals.check()
-            overdue = time.monotonic() - self.saved_at >= 60 * args.save_minutes
-            if overdue and self.batch < self.batches_per_epoch:  # at its end, finish_epoch follows
+            if time.monotonic() >= self.save_due and self.batch < self.batches_per_epoch:  # else finish_epoch saves
                 monitor.flush()
                 self.save("latest.pth")
 
@@ -168,35 +172,27 @@ class Trainer:
         self.epoch, self.batch = epoch, 0
         self.loss_sum.zero_()
         improved = val_loss < self.best
-        self.best = min(val_loss, self.best)
+        self.best = val_loss if improved else self.best
         monitor.show_validation(self.step, val_loss, samples)  # before saving: what a checkpoint counts is on disk
         if improved:
             self.save("best.pth")
         if last:
             self.save("final.pth")
-        try:  # before latest.pth, for what that counts is never drawn again
-            utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))
-            if samples is not None:
-                utils.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
-        finally:  # a picture that cannot be written costs no training
-            if epoch % args.save_every == 0 or last:
-                self.save("latest.pth")
+        # Pictures come before latest.pth, for what that counts is never drawn again.
+        utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))
+        if samples is not None:
+            utils.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
+        if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.save_due:
+            self.save("latest.pth")  # with every best.pth, too: a resumed run must know what it has to beat
         losses = self.history["train"][-1], val_loss
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", epoch, args.epochs, *losses, " (best)" * improved)
 
-    @torch.inference_mode()
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images, with the same t and eps every time."""
-        total, n = 0.0, len(self.held_out)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        for first in range(0, n, self.args.batch_size):
-            x0 = dataset.normalise(self.held_out[first : first + self.args.batch_size])
-            eps = torch.randn(x0.shape, generator=generator)
-            t = torch.arange(first, first + len(x0)) * self.args.time_steps // n  # evenly spread over all timesteps
-            loss = self.diffusion.loss(self.ema.model, *(z.to(self.device) for z in (x0, t, eps)))
-            total += loss.item() * len(x0)
-            signals.check()
-        return total / n
+        args, look = self.args, signals.check
+        return pipeline.validation_loss(
+            self.ema.model, self.diffusion, self.held_out, args.seed, args.batch_size, look
+        )
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
@@ -222,31 +218,34 @@ class Trainer:
                 latest = self.save("latest.pth")
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, self.step, latest)
                 return 128 + stop.number
+            except OSError:  # a curve or a picture could not be written: that must not cost the training
+                self.save("latest.pth")
+                raise
         log.info("done: %s/final.pth; next: python sample.py, python eval.py", Path(args.checkpoint_path))
         return 0
 
 
-def earlier_run(args: argparse.Namespace) -> list[Path]:
-    """The checkpoints to resume from, latest.pth first (best.pth is a whole state, too); none with --fresh."""
-    found = [p for name in ("latest", "best", "final") if (p := Path(args.checkpoint_path) / f"{name}.pth").exists()]
-    if args.fresh and found and not args.overwrite:
-        names = ", ".join(map(str, found))
-        raise errors.SettingError(f"--fresh would lose {names}: add --overwrite, or give another --checkpoint_path")
-    for path in found if args.fresh else []:
+def clear(earlier: list[Path], overwrite: bool) -> None:
+    """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
+    if earlier and not overwrite:
+        names = ", ".join(map(str, earlier))
+        raise errors.SettingError(f"--fresh would lose {names}: add --overwrite, or give other paths")
+    for path in earlier:
         path.unlink()
-    return [] if args.fresh else found
 
 
 def main(args: argparse.Namespace) -> int:
     utils.make_directories({name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")})
     with lock.hold(Path(args.checkpoint_path)):
         trainer = Trainer(args)
-        earlier = earlier_run(args)  # only now: a run that cannot start must not cost the old one
-        if earlier:
+        earlier = checkpoint.of_run(Path(args.checkpoint_path))
+        if args.fresh:  # only now: a run that cannot start must not cost the old one
+            clear(earlier, args.overwrite)
+        elif earlier:
             trainer.resume(earlier[0])
         log.info(describe(args, trainer.model, trainer.device, trainer.precision, len(trainer.images)))
         if trainer.epoch >= args.epochs:
-            log.info("nothing to do: all %d epochs are done; raise --epochs, or start anew with --fresh", args.epochs)
+            log.info("nothing to do: %d epochs are done; raise --epochs, or start anew with --fresh", trainer.epoch)
             return 0
         return trainer.run()
 

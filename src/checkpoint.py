@@ -5,6 +5,7 @@ affair.
 """
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -59,9 +60,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}: give an existing file, or train one with python train.py")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load checks no CRC: without this a flipped bit is a wrong weight
-            for entry in archive.infolist():  # nor this: of a "directory" it reads nothing, and gives unset memory
-                damaged = damaged or (entry.filename if entry.external_attr else None)
+            # torch.save compresses nothing and has no directories; of one, torch.load would give unset memory.
+            odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type != zipfile.ZIP_STORED]
+            damaged = odd[0] if odd else archive.testzip()  # torch.load checks no CRC: a flipped bit is a wrong weight
         if damaged is not None:
             raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or delete it")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: no code runs from the file
@@ -79,6 +80,20 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def of_run(directory: Path) -> list[Path]:
+    """The checkpoints of a training in `directory`, each a whole state; the one to resume from comes first.
+
+    latest.pth is missing where a run was killed before it wrote one, or where somebody tidied up.
+    """
+    paths = [directory / f"{name}.pth" for name in ("latest", "final", "best")]
+    return [path for path in paths if os.path.lexists(path)]  # a dangling link is a lost file, not an absent one
+
+
+def other_version(path: Path) -> UserError:
+    """What to raise where a whole and sound file does not fit this program."""
+    return UserError(f"{path} was written by another version of this program: use that one, or train anew")
+
+
 def _finite(value: Any) -> bool:
     """Whether every number in every tensor, however deep in dictionaries and lists, is finite."""
     if isinstance(value, torch.Tensor):
@@ -92,6 +107,9 @@ def _fsync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
+            raise
     finally:
         os.close(descriptor)
 

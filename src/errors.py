@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from types import TracebackType
 
@@ -42,6 +43,8 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         script: its name, the start of the line.
         quiet: show warnings and errors only.
     """
+    logging.raiseExceptions = False  # nobody reads on, as in `train.py | head`: that must not end a training
+    threading.excepthook = lambda _: None  # TensorBoard's thread: its error comes up in the main thread, too
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         status = main()
@@ -56,7 +59,7 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        message, status = f"out of memory: reduce --batch_size or, in training, --unet_dim ({_first_line(error)})", 1
+        message, status = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})", 1
     else:
         sys.exit(status)
     print(f"{script}: error: {message}", file=sys.stderr)

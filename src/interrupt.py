@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that the program asks when it is ready for the answer."""
+"""SIGINT, SIGTERM and SIGHUP as a question that the program asks when it is ready for the answer."""
 
 import signal
 from types import FrameType, TracebackType
@@ -13,14 +13,17 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM is only noted; a second one acts as if this class were absent.
+    """While active, the first SIGINT, SIGTERM or SIGHUP is only noted; a second one acts as if this class were absent.
 
     `check()` raises `Interrupted` once a signal has been noted: call it where the program's state is whole.
     """
 
     def __enter__(self) -> "StopSignals":
         self.number: int | None = None
-        self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+            numbers.append(signal.SIGHUP)
+        self._previous = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -24,8 +24,8 @@ def hold(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"process {file.read().strip()} is training in {directory}: wait for it, stop it, or choose another "
-                "--checkpoint_path"
+                f"process {file.read().strip()} is training in {directory}: wait for it, stop it, or choose other "
+                "paths (--checkpoint_path, --output_path, --log_path)"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

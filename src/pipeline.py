@@ -1,4 +1,4 @@
-"""Where the parts meet: settings → U-Net and diffusion, checkpoint → images.
+"""Where the parts meet: settings → U-Net and diffusion, checkpoint → images, held-out images → loss.
 
 This is the one file of src that knows several siblings, so that no script has to assemble them twice.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from src import checkpoint
+from src.dataset import normalise
 from src.diffusion import Diffusion
 from src.errors import SettingError, UserError
 from src.model import UNet
@@ -48,10 +49,27 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
         )
     try:
         unet, diffusion = build(state["settings"], device)
-    except KeyError as error:
-        raise UserError(f"{path} lacks the setting {error}: use the version of this program that wrote it") from error
-    unet.load_state_dict(state[weights])
+        unet.load_state_dict(state[weights])
+    except (KeyError, RuntimeError) as error:  # settings or weights that this version does not know
+        raise checkpoint.other_version(path) from error
     return unet.eval().requires_grad_(False), diffusion, state["settings"]
+
+
+@torch.inference_mode()
+def validation_loss(
+    unet: UNet, diffusion: Diffusion, images: Tensor, seed: int, batch_size: int, on_batch: Callable[[], None]
+) -> float:
+    """The loss on images (N,C,H,W) uint8 with fixed eps and t, which are spread evenly over all timesteps."""
+    total, n, device = 0.0, len(images), next(unet.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, n, batch_size):
+        x0 = normalise(images[first : first + batch_size])
+        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
+        loss = diffusion.loss(unet, *(z.to(device) for z in (x0, t, eps)))
+        total += loss.item() * len(x0)
+        on_batch()
+    return total / n
 
 
 class Generator:

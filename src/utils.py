@@ -159,9 +159,8 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
 
 def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path) -> None:
     """Draw both loss curves over the epochs, which count from 1, to a PNG."""
-    from matplotlib.figure import (
-        Figure,
-    )  # here, for it takes a second; Figure needs no display and no global state
+    # here, for it takes a second; Figure needs no display and no global state
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -80,7 +80,7 @@ CASES = [  # command, exit status, parts of the line
     # too much for the data, the machine, or the run that is there
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
     ("train.py --val_size 1000", 2, "too few for --val_size 1000"),
-    ("train.py --unet_dim 8000000", 1, "out of memory: reduce --batch_size or, in training, --unet_dim"),
+    ("train.py --unet_dim 8000000", 1, "out of memory: reduce --batch_size or, in training, the network"),
     ("train.py --device cuda", 2, "--device cuda: torch sees 0 CUDA devices; use --device cpu"),
     ("sample.py --device cuda:3", 2, "--device cuda:3: torch sees 0 CUDA devices; use --device cpu"),
     ("train.py --checkpoint_path run --seed 7", 2, "SEED was 0 and is now 7"),
@@ -103,7 +103,8 @@ CASES = [  # command, exit status, parts of the line
     ("eval.py --checkpoint foreign.pth", 1, "foreign.pth is another program's checkpoint"),
     ("eval.py --checkpoint newer.pth", 1, "newer.pth has format 999, unknown to this program"),
     ("eval.py --checkpoint nan.pth", 1, "nan.pth holds weights that are not numbers"),
-    ("eval.py --checkpoint old.pth", 1, "old.pth lacks the setting 'prediction'"),
+    ("eval.py --checkpoint old.pth", 1, "old.pth was written by another version of this program"),
+    ("sample.py --checkpoint renamed.pth", 1, "renamed.pth was written by another version of this program"),
     ("sample.py --raw_weights", 1, "model.pth holds no raw weights: give another file"),
     ("eval.py --inception_weights nowhere.pth", 1, "no Inception weights at nowhere.pth: give an existing file"),
     ("eval.py --inception_weights file", 1, "file is damaged, or not torch-fidelity's Inception-v3"),
@@ -130,6 +131,8 @@ def template(data, tmp_path_factory) -> Path:
     torch.save(model, folder / "foreign.pth")
     torch.save({**header, **model, "format": 999}, folder / "newer.pth")
     torch.save({**header, **model, "ema": {"weight": torch.tensor([0.0, torch.nan])}}, folder / "nan.pth")
+    renamed = {f"{name}_": weight for name, weight in state["ema"].items()}
+    torch.save({**header, **model, "ema": renamed}, folder / "renamed.pth")
     older = {name: value for name, value in state["settings"].items() if name != "prediction"}
     torch.save({**header, **model, "settings": older}, folder / "old.pth")
     return folder

@@ -1,5 +1,6 @@
 """`src/checkpoint.py`: what comes back is what was written, and anything else is refused in one line."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -179,17 +180,20 @@ def records(path: Path) -> list[bytes]:
         return [data for name in archive.namelist() if len(data := archive.read(name)) > 1]
 
 
-def test_a_flipped_bit_in_the_table_of_contents_is_refused_or_does_no_harm(path):
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_the_table_of_contents_is_refused_or_does_no_harm(bit, tmp_path):
     """One bit there makes a tensor a folder, for which PyTorch hands out memory that it never filled."""
+    state = {"weight": torch.arange(60.0), "step": 7}
+    checkpoint.save(path := tmp_path / "small.pth", state)
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         start = archive.start_dir
     for offset in range(start, len(content)):
         damaged = bytearray(content)
-        damaged[offset] ^= 0x10
+        damaged[offset] ^= 1 << bit
         path.write_bytes(damaged)
         try:
-            changed = differences(checkpoint.load(path), {**HEADER, **STATE})
+            changed = differences(checkpoint.load(path), {**HEADER, **state})
         except UserError:
             continue
         assert not changed, f"byte {offset - start} of the table of contents"
@@ -233,6 +237,23 @@ def test_a_save_that_fails_leaves_the_old_file_whole_and_nothing_else(call, path
         checkpoint.save(path, {"step": 8})
     monkeypatch.undo()
     assert checkpoint.load(path)["step"] == 7
+    assert os.listdir(path.parent) == ["latest.pth"]
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EIO, True), (errno.EINVAL, False)], ids=["EIO", "EINVAL"])
+def test_a_directory_that_cannot_be_forced_to_disk_leaves_the_new_file_whole(number, refused, path, monkeypatch):
+    """An error of the disk is told; a file system that does not know the call (EINVAL) must not stop a training."""
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError) if refused else contextlib.nullcontext():
+        checkpoint.save(path, {"step": 8})
+    assert checkpoint.load(path)["step"] == 8
     assert os.listdir(path.parent) == ["latest.pth"]
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import sample
 import train
 
 CONSTANTS = [name for name in vars(config) if re.fullmatch(r"[A-Z_]+", name)]
-SETTINGS = [n for n in CONSTANTS if n not in {"POSITIVE", "RULES", "RELATIONS", "FREE_ON_RESUME"}]
+SETTINGS = [n for n in CONSTANTS if n not in {"POSITIVE", "RULES", "RELATIONS", "FREE_ON_RESUME", "NOTED_ON_RESUME"}]
 SPECIFIED = {
     "BATCH_SIZE": 64,
     "LEARNING_RATE": 1e-3,
@@ -88,7 +90,22 @@ def test_several_mistakes_are_reported_together(monkeypatch, capsys):
 
 
 def test_only_settings_that_leave_the_weights_alone_may_change_on_resume():
-    saved = {"epochs": 10, "seed": 0, "unet_dim": 32, "save_every": 5}
-    wanted = {"epochs": 20, "seed": 1, "unet_dim": 64, "save_every": 1}
-    changed = config.changed_settings(saved, wanted)
-    assert sorted(changed) == ["SEED was 0 and is now 1", "UNET_DIM was 32 and is now 64"]
+    saved = {"epochs": 10, "seed": 0, "unet_dim": 32, "save_every": 5, "learning_rate": 1e-3}
+    wanted = {"epochs": 20, "seed": 1, "unet_dim": 64, "save_every": 1, "learning_rate": 1e-4, "prediction": "v"}
+    refused, noted = config.changed_settings(saved, wanted)
+    assert refused == [
+        "PREDICTION was not recorded and is now 'v'",
+        "SEED was 0 and is now 1",
+        "UNET_DIM was 32 and is now 64",
+    ]
+    assert noted == ["LEARNING_RATE was 0.001 and is now 0.0001"]
+
+
+@pytest.mark.parametrize("edit", ["EPOCHS = 20", "EPOCHS: int = 20", "EPOCHS = 20 # passes"])
+def test_a_constant_may_lose_its_annotation_or_its_comment(edit, tmp_path):
+    """People edit this file; not all of them keep its style."""
+    text = Path(config.__file__).read_text()
+    (tmp_path / "config.py").write_text(re.sub(r"^EPOCHS.*$", edit, text, flags=re.MULTILINE))
+    code = "import config; print(config.Parser('', ['EPOCHS']).parse_args([]).epochs)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("20\n", "")

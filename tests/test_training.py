@@ -1,5 +1,6 @@
 """The training loop on 60 images, in this process: averages, saves, stops and resumes, logs, refusals."""
 
+import errno
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 import config
 import train
@@ -140,22 +142,24 @@ def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick,
         save(path, state)
 
     monkeypatch.setattr(checkpoint, "save", spy)
-    validation(0.5, 0.4, 0.6, 0.3, 0.7)
-    quick("run", "--epochs", 5, "--save_every", 2)
+    validation(0.5, 0.4, 0.6, 0.3, 0.7, 0.9, 0.9)
+    quick("run", "--epochs", 7, "--save_every", 6)
     assert written == [
         ("best.pth", 1, 0.5),
+        ("latest.pth", 1, 0.5),  # with every best.pth, or a resumed run would not know what it has to beat
         ("best.pth", 2, 0.4),
         ("latest.pth", 2, 0.4),
         ("best.pth", 4, 0.3),
         ("latest.pth", 4, 0.3),
-        ("final.pth", 5, 0.3),  # before latest.pth, which says that nothing is left to do
-        ("latest.pth", 5, 0.3),  # the last epoch is saved even where it is no multiple of save_every
+        ("latest.pth", 6, 0.3),  # save_every
+        ("final.pth", 7, 0.3),  # before latest.pth, which says that nothing is left to do
+        ("latest.pth", 7, 0.3),  # the last epoch is saved even where it is no multiple of save_every
     ]
 
 
 def test_what_a_crash_can_cost_is_bounded_by_time(quick, saved, once, power_cut):
     """`--save_minutes 0` saves after every step, so nothing at all is lost here."""
-    flags = ["--epochs", 2, "--save_minutes", 0]
+    flags = ["--epochs", 2, "--save_minutes", 0, "--save_every", 9]
     with power_cut(STEPS + 2), pytest.raises(RuntimeError, match="power cut"):
         quick("run", *flags)
     assert (saved("run")["epoch"], saved("run")["batch"]) == (1, 2)
@@ -514,9 +518,10 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(quick, failing
     assert not differences(saved("run"), before)
 
 
-def test_a_learning_rate_given_on_resume_is_used(quick, saved):
+def test_a_learning_rate_given_on_resume_is_used_and_said(quick, saved, caplog):
     quick("run", "--epochs", 1)
     quick("run", "--epochs", 2, "--learning_rate", "1e-4")
+    assert "LEARNING_RATE was 0.001 and is now 0.0001" in caplog.text
     assert saved("run")["optimizer"]["param_groups"][0]["lr"] == 1e-4
 
 
@@ -599,8 +604,38 @@ def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_pa
         return sample_grid(self, signals)
 
     monkeypatch.setattr(train.Trainer, "sample_grid", clean_up)
-    assert "samples_epoch_0001.png" in failing(1, "run", "--epochs", 1)
-    assert saved("run")["epoch"] == 1  # what could be saved was saved all the same
+    assert "samples_epoch_0002.png" in failing(1, "run", "--epochs", 9, "--sample_every", 2, "--save_every", 9)
+    assert saved("run")["epoch"] == 2  # the training itself was saved all the same
+
+
+def test_a_curve_that_cannot_be_written_is_one_line_and_costs_no_training(failing, saved, monkeypatch):
+    add_scalar = SummaryWriter.add_scalar
+
+    def fill_up(self: SummaryWriter, name: str, value: float, step: int) -> None:
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add_scalar(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fill_up)
+    assert "No space left on device" in failing(1, "run", "--epochs", 1)
+    assert saved("run")["step"] == 3
+
+
+def test_a_checkpoint_of_another_version_is_one_line(quick, failing, saved, tmp_path):
+    quick("run", "--epochs", 1)
+    state = saved("run")
+    for part in ("rng", "history"):
+        checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {k: v for k, v in state.items() if k != part})
+        assert "another version" in failing(1, "run", "--epochs", 2)
+    renamed = {f"{name}_": weights for name, weights in state["model"].items()}
+    checkpoint.save(tmp_path / "run/checkpoint/latest.pth", {**state, "model": renamed})
+    assert "another version" in failing(1, "run", "--epochs", 2)
+
+
+def test_a_link_that_leads_nowhere_is_no_reason_to_start_anew(failing, tmp_path):
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    (tmp_path / "run/checkpoint/latest.pth").symlink_to("/media/unplugged/latest.pth")
+    assert "no checkpoint at" in failing(1, "run", "--epochs", 1)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(quick, saved, caplog, monkeypatch):
