@@ -66,8 +66,9 @@ class Trainer:
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
 
         self.model, self.diffusion = pipeline.build(vars(args), self.device)
-        self.network = torch.compile(self.model) if args.compile else self.model  # of the same weights
         self.ema = EMA(self.model, args.ema_decay)
+        if args.compile:
+            self.model.compile()  # in place: its state_dict stays that of the plain network
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
 
         self.epoch = 0  # epochs finished
@@ -129,7 +130,7 @@ class Trainer:
         t = torch.randint(self.args.time_steps, (len(x0),), device=self.device)  # (B,)
         eps = torch.randn_like(x0)  # (B, C, H, W)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            loss = self.diffusion.loss(self.network, x0, t, eps)
+            loss = self.diffusion.loss(self.model, x0, t, eps)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)

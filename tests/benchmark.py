@@ -208,6 +208,13 @@ def show_sampling(plan: Plan) -> None:
     show_table(f"{config.SAMPLER}, steps | images/s | {plan.samples} images, s", rows)
 
 
+def show_scoring(plan: Plan, device: torch.device) -> None:
+    """How fast Inception looks at images."""
+    images = contestants.noise(plan.samples, 1, 32, 32)
+    times = alternate("scoring", {n: partial(look, images) for n, look in contestants.scorers(device).items()}, plan)
+    show_table("scoring | images/s", [(name, len(images) / t.usual) for name, t in times.items()])
+
+
 def show_memory(plan: Plan) -> None:
     """Peak memory of sampling, each number of images in a process of its own."""
     rows = []
@@ -227,6 +234,7 @@ def main(plan: Plan) -> int:
     show_growth("batch_size", plan.batch_sizes, plan)
     show_growth("image_size", plan.image_sizes, plan)
     show_sampling(plan)
+    show_scoring(plan, device)
     show_memory(plan)
     return 0
 

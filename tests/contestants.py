@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 import config
 import train
-from src import dataset
+from src import dataset, inception
 
 log = logging.getLogger("benchmark")
 
@@ -84,12 +85,6 @@ def ours(name: str, run: train.Trainer) -> Contestant:
     return Contestant(name, run.model, run.train_step, predict, run.precision)
 
 
-def compiled(run: train.Trainer) -> train.Trainer:
-    """The same with a network that torch.compile translates at its first call."""
-    run.model.compile()
-    return run
-
-
 def denoising_diffusion_pytorch(device: torch.device) -> Contestant:
     """The package of that name: its defaults at our widths; optimiser, clipping and average as in its Trainer."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -135,6 +130,17 @@ def diffusers(device: torch.device) -> Contestant:
     return Contestant("diffusers", unet, train_step, lambda x_t, t: unet(x_t, t).sample)
 
 
+def scorers(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
+    """What looks at generated images (B,C,H,W) uint8 for FID: this repository, and torchmetrics as it comes."""
+    path = inception.weights()
+    extractor = inception.Extractor(path).to(device)
+    fid = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path)).to(device)
+    return {
+        "this repository": extractor,
+        "torchmetrics": lambda images: fid.update(images.to(device).expand(-1, 3, -1, -1), real=False),
+    }
+
+
 PEERS = (denoising_diffusion_pytorch, diffusers)
 
 
@@ -148,7 +154,7 @@ def gather(default: train.Trainer, settings: dict[str, Any], with_compiled: bool
     other = "float32" if default.precision != torch.float32 else "bfloat16"
     found = [ours(name, default), ours(f"this repository, {other}", trainer(**settings, precision=other))]
     if with_compiled:
-        found.append(ours(f"{name}, compiled", compiled(trainer(**settings))))
+        found.append(ours(f"{name}, compiled", trainer(**settings, compile=True)))
     for peer in PEERS:
         try:
             found.append(peer(default.device))

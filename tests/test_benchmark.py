@@ -14,11 +14,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_it_prints_every_table_whole(monkeypatch, capsys):
     monkeypatch.setattr(contestants, "PEERS", ())
+    monkeypatch.setattr(contestants, "scorers", lambda device: {"mean": torch.Tensor.numel, "sum": torch.Tensor.sum})
     plan = replace(benchmark.QUICK, settings=benchmark.QUICK.settings | {"device": "cpu"}, many=(2,))
     assert benchmark.main(plan) == 0
     printed = capsys.readouterr().out
     tables = [block.splitlines() for block in printed.split("\n\n") if block.startswith("|")]
-    assert [len(rows) - 2 for rows in tables] == [2, 2, 2, 2, 3, 1]
+    assert [len(rows) - 2 for rows in tables] == [2, 2, 2, 2, 3, 2, 1]
     assert all(len({len(row) for row in rows}) == 1 for rows in tables), "columns do not line up"
     assert "nan" not in printed and "GFLOP/s in float32" in printed and "drawing the batch" in printed
 
@@ -47,7 +48,7 @@ def test_operations_are_counted_in_convolutions_and_attention():
 
 
 def test_compiling_is_asked_of_the_network_that_is_trained_and_not_of_the_count():
-    run = contestants.compiled(contestants.trainer(64, **benchmark.QUICK.settings))
+    run = contestants.trainer(64, **benchmark.QUICK.settings, compile=True)
     assert run.model._compiled_call_impl is not None
     assert contestants.ours("", run).gflop(torch.zeros(1, 1, 32, 32)) > 0
 
