@@ -18,7 +18,7 @@ from src.model import UNet
 from src.samplers import SAMPLERS
 from src.utils import ImageNoise, to_uint8
 
-DEFAULT_STEPS = {"ddim": 50, "dpmpp_2m": 50}  # of the few-step samplers; ddpm takes every timestep
+DEFAULT_STEPS = {"ddim": 50, "dpmpp_2m": 20}  # of the few-step samplers; ddpm takes every timestep
 
 
 def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diffusion]:

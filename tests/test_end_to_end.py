@@ -162,7 +162,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         "sha256": hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest(),
         "weights": "ema",
     }
-    made = {"images": 16, "sampler": "ddim", "steps": 5, "eta": 0.0, "seed": 3, "batch_size": 6}
+    made = {"images": 16, "sampler": "dpmpp_2m", "steps": 5, "seed": 3, "batch_size": 6}
     made["precision"] = "bfloat16"
     assert protocol["generated"] == made
     assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500}

@@ -210,9 +210,15 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
     often = "--save_minutes 0 --save_every 1 --sample_every 1 --log_every 1"
     sizes = "--image_size 28 --val_size 400 --batch_size 20 --num_samples 20 --steps 15"  # each phase takes its time
     flags = ["--data_path", data, *SMALL, *NETWORK, *often.split(), *sizes.split()]
-    killed, undisturbed = folders = [tmp_path / "killed", tmp_path / "undisturbed"]
-    for folder in folders:
+    killed, undisturbed, clocked = [tmp_path / name for name in ("killed", "undisturbed", "clocked")]
+    folders = [killed, undisturbed]
+    for folder in (*folders, clocked):
         folder.mkdir()
+    with training(clocked, ROOT / "train.py", *flags) as process:  # how long is an epoch on this machine, today?
+        wait_for("results", process)
+        epoch = -time.monotonic()
+        wait_for("epoch 1/", process)
+        epoch += time.monotonic()
     delays, moments, steps, leftovers = random.Random(0), Counter(), [0], 0
     for number in range(50):
         (killed / "stack").unlink(missing_ok=True)
@@ -220,7 +226,7 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
         with training(killed, "-c", WITNESS, ROOT / "train.py", *flags, "--epochs", 1000) as process:
             if delays.random() < 0.85:  # else at its start
                 wait_for("results", process)  # the last line before it trains or resumes
-            time.sleep(delays.uniform(0, 2.5))
+            time.sleep(delays.uniform(0, epoch))
             if number % 2:  # to answer takes milliseconds, in which a save may end: the others are not asked
                 moments[ask(process, killed / "stack")] += 1
             elif number % 4:  # in the midst of a save, which is short
