@@ -159,7 +159,7 @@ def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_pro
         second = run_script("train.py", *flags, cwd=tmp_path)
         assert first.poll() is None
     assert (second.returncode, second.stdout) == (1, "")
-    message = rf"train\.py: error: process {first.pid} is training in checkpoints: wait .*--checkpoint_path\n"
+    message = rf"train\.py: error: process {first.pid} is training in checkpoints: wait .*--log_path\)\n"
     assert re.fullmatch(message, second.stderr)
 
 
