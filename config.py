@@ -39,8 +39,8 @@ PREDICTION: str = "v"  # what the network predicts: noise, or v, a mixture of no
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate
-SAMPLER: str = "dpmpp_2m"  # in few steps: dpmpp_2m (DPM-Solver++, second order) or ddim; ddpm (ancestral)
-STEPS: int = 0  # network evaluations an image; 0 = 20 for dpmpp_2m, 50 for ddim, TIME_STEPS for ddpm
+SAMPLER: str = "ddpm"  # ddpm (ancestral), or deterministic: ddim, or dpmpp_2m (DPM-Solver++, second order)
+STEPS: int = 0  # network evaluations an image; 0 = 50, or 20 for dpmpp_2m; TIME_STEPS is the most
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
 SAMPLE_BATCH: int = 64  # sample.py's and eval.py's default for --batch_size: of 16 to 256 the fastest on a CPU

@@ -222,7 +222,7 @@ class Trainer:
             except OSError:  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")
                 raise
-        log.info("done: %s/final.pth; next: python sample.py, python eval.py", Path(args.checkpoint_path))
+        log.info("done; next: sample.py or eval.py, with --checkpoint %s", Path(args.checkpoint_path, "best.pth"))
         return 0
 
 

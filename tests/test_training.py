@@ -434,7 +434,7 @@ def test_the_same_seed_gives_the_same_run(quick, saved):
 
 
 @pytest.mark.parametrize(
-    "flag", [["--num_samples", "5"], ["--sampler", "ddpm"], ["--steps", "7"], ["--sampler", "ddim"]], ids=" ".join
+    "flag", [["--num_samples", "5"], ["--sampler", "dpmpp_2m"], ["--steps", "7"], ["--sampler", "ddim"]], ids=" ".join
 )
 def test_a_flag_of_sampling_changes_the_pictures_of_training(flag, quick, data, tmp_path):
     base, changed = (
