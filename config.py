@@ -43,7 +43,7 @@ SAMPLER: str = "ddpm"  # ddpm (ancestral), or deterministic: ddim, or dpmpp_2m (
 STEPS: int = 0  # network evaluations an image; 0 = 50, or 20 for dpmpp_2m; TIME_STEPS is the most
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
-SAMPLE_BATCH: int = 64  # sample.py's and eval.py's default for --batch_size: of 16 to 256 the fastest on a CPU
+SAMPLE_BATCH: int = 64  # sample.py's and eval.py's default for --batch_size, whatever a model was trained with
 EVAL_SAMPLES: int = 1000  # eval.py's default for --num_samples
 
 # Saving and logging
@@ -131,23 +131,18 @@ class Parser(argparse.ArgumentParser):
         comments, types = _comments(), _types()
         for name in settings:
             value = defaults.get(name, globals()[name])
-            if isinstance(value, bool):
-                self.add_argument(
-                    f"--{name.lower()}",
-                    action=argparse.BooleanOptionalAction,
-                    default=value,
-                    help=f"{comments.get(name, '')} (default: {value})",
-                )
-                continue
-            many = isinstance(value, list)
-            kind = int if many else types.get(name, type(value))
+            kind = types.get(name, type(value))
+            options = {"type": kind, "metavar": getattr(kind, "__name__", None)}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind == list[int]:
+                options = {"type": int, "metavar": "int", "nargs": "+"}
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
             self.add_argument(
                 f"--{name.lower()}",
-                type=kind,
-                nargs="+" if many else None,
                 default=value,
-                metavar=kind.__name__,
-                help=f"{comments.get(name, '')} (default: {' '.join(map(str, value)) if many else value})",
+                help=f"{comments.get(name, '')} (default: {shown})",
+                **options,
             )
 
     def add_checkpoint(self) -> None:
@@ -183,16 +178,15 @@ class Parser(argparse.ArgumentParser):
 def problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with these settings (lower-case names), a sentence each."""
     values = {name.upper(): value for name, value in values.items()}
-    types = {name: kind for name, kind in _types().items() if name in values}
+    wrong = {name: kind for name, kind in _types().items() if name in values and not _has_type(values[name], kind)}
     found = [
         f"{name} is {values[name]!r}, but must be of type {getattr(kind, '__name__', kind)}"
-        for name, kind in types.items()
-        if not _has_type(values[name], kind)
+        for name, kind in wrong.items()
     ]
     found += [
         f"{name} is {values[name]!r}, but must be {wording}"
         for name, (holds, wording) in RULES.items()
-        if name in values and _has_type(values[name], types.get(name)) and not holds(values[name])
+        if name in values.keys() - wrong.keys() and not holds(values[name])
     ]
     if found:
         return found  # a relation between settings that are themselves wrong would only confuse
@@ -235,4 +229,4 @@ def _has_type(value: Any, kind: Any) -> bool:
     """Whether a constant has its type still: flags are converted by argparse, but the file may have been edited."""
     if kind == list[int]:
         return isinstance(value, list) and all(type(v) is int for v in value)
-    return kind is None or type(value) is kind or (kind is float and type(value) is int)
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -129,7 +129,7 @@ class Trainer:
         """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
         t = torch.randint(self.args.time_steps, (len(x0),), device=self.device)  # (B,)
         eps = torch.randn_like(x0)  # (B, C, H, W)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with utils.autocast(self.device, self.precision):
             loss = self.diffusion.loss(self.model, x0, t, eps)
         self.optimizer.zero_grad()
         loss.backward()

@@ -16,7 +16,7 @@ from src.diffusion import Diffusion
 from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
-from src.utils import ImageNoise, to_uint8
+from src.utils import ImageNoise, autocast, to_uint8
 
 DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20}  # more gain little: see the README
 
@@ -132,7 +132,7 @@ class Generator:
         return to_uint8(x_t).cpu()
 
     def _network(self, x_t: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             return self.unet(x_t, t).float()
 
 

@@ -44,6 +44,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which networks compute in `precision`; their weights and the tensors around them stay float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def describe_device(device: torch.device, precision: torch.dtype) -> str:
     """One line for people: which device, and in which precision the network computes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -1,6 +1,6 @@
 """How fast is it, and how well does it use this machine? Prints Markdown tables; progress goes to stderr.
 
-    python tests/benchmark.py                            # some ten minutes on two cores
+    python tests/benchmark.py
     pip install denoising-diffusion-pytorch diffusers    # these are measured beside it where installed
 
 Tasks run in turn (A B A B …), so that whatever else the machine is doing falls on all alike; a time is the median.

@@ -16,7 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import config
 import train
-from src import dataset, inception
+from src import dataset, inception, utils
 
 log = logging.getLogger("benchmark")
 
@@ -79,7 +79,7 @@ def ours(name: str, run: train.Trainer) -> Contestant:
     """This repository: train.py's own step."""
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
+        with utils.autocast(run.device, run.precision):
             return run.model(x_t, t)
 
     return Contestant(name, run.model, run.train_step, predict, run.precision)
