@@ -18,24 +18,35 @@ CHANNELS: int = 1  # 1 = grayscale
 
 # Training
 BATCH_SIZE: int = 64  # images at a time, trained on or generated
-LEARNING_RATE: float = 1e-3  # Adam's step size
+LEARNING_RATE: float = 1e-3  # Adam's step size, at its highest
+LR_WARMUP: int = 0  # steps over which the learning rate rises to that
+LR_DECAY: float = 0.0  # last share of the steps, 0 to 1, over which it falls to 0: 1 = from the start, 0 = never
+ADAM_BETA2: float = 0.999  # weight of the past in Adam's average of squared gradients
 EPOCHS: int = 200  # passes over the training images
 GRAD_CLIP: float = 1.0  # largest norm of the gradient
 EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
 SEED: int = 0  # of weights, data order and noise
 PRECISION: str = "auto"  # of the network: float32, bfloat16, or auto: bfloat16 where the device is fast in it
+DROPOUT: float = 0.0  # share of hidden values forgotten in training
 COMPILE: bool = False  # of training: let torch.compile fuse the network; costs a minute or two at the start
 
 # U-Net
 UNET_DIM: int = 32  # channels at full resolution
 UNET_DIM_MULTS: list[int] = [1, 2, 4, 8]  # channels of each level, as multiples of UNET_DIM
 
+# Classes
+CLASS_CONDITIONAL: bool = True  # tell the network the class of an image, so that it can be asked for one
+CLASS_DROPOUT: float = 0.1  # share of the images whose class it is not told, so that it can do without
+GUIDANCE_SCALE: float = 1.0  # how much a class counts in sampling: 1 = as it was learnt, more = more typical
+
 # Diffusion
 TIME_STEPS: int = 1000  # noise levels
 SCHEDULE_TYPE: str = "cosine"  # noise schedule: linear or cosine
 BETA_START: float = 1e-4  # first beta of the linear schedule
 BETA_END: float = 0.02  # last beta of the linear schedule
-PREDICTION: str = "v"  # what the network predicts: noise, or v, a mixture of noise and image
+PREDICTION: str = "v"  # what the network predicts: noise, x0 (the image), or v, a mixture of the two
+LOSS_WEIGHT: str = "uniform"  # of the timesteps: uniform, or min_snr, which counts less where little noise is
+TIME_SAMPLING: str = "uniform"  # of training timesteps: uniform, or stratified, evenly spread over every batch
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate
@@ -67,18 +78,26 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "CHANNELS": (lambda v: v == 1, "1: the data sets are grayscale"),
     "BATCH_SIZE": POSITIVE,
     "LEARNING_RATE": (lambda v: 0 < v <= 1, "above 0 and at most 1, such as 1e-3"),
+    "LR_WARMUP": (lambda v: v >= 0, "0 or more steps"),
+    "LR_DECAY": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "ADAM_BETA2": (lambda v: 0 <= v < 1, "at least 0 and below 1, such as 0.999"),
     "EPOCHS": POSITIVE,
     "GRAD_CLIP": (lambda v: v > 0, "a positive number (inf = never clip)"),
     "EMA_DECAY": (lambda v: 0 <= v < 1, "at least 0 and below 1, such as 0.995"),
     "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
     "PRECISION": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "DROPOUT": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "CLASS_DROPOUT": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "GUIDANCE_SCALE": (lambda v: 0 <= v <= 100, "from 0 (ignores the class) to 100"),
     "UNET_DIM": (lambda v: v >= 8 and v % 8 == 0, "a positive multiple of 8, the groups of GroupNorm"),
     "UNET_DIM_MULTS": (lambda v: len(v) > 0 and min(v) >= 1, "one or more whole numbers of at least 1"),
     "TIME_STEPS": (lambda v: v >= 2, "at least 2"),
     "SCHEDULE_TYPE": (lambda v: v in ("linear", "cosine"), "linear or cosine"),
     "BETA_START": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "BETA_END": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "PREDICTION": (lambda v: v in ("noise", "v"), "noise or v"),
+    "PREDICTION": (lambda v: v in ("noise", "x0", "v"), "noise, x0 or v"),
+    "LOSS_WEIGHT": (lambda v: v in ("uniform", "min_snr"), "uniform or min_snr"),
+    "TIME_SAMPLING": (lambda v: v in ("uniform", "stratified"), "uniform or stratified"),
     "NUM_SAMPLES": POSITIVE,
     "SAMPLER": (lambda v: v in ("ddpm", "ddim", "dpmpp_2m"), "ddpm, ddim or dpmpp_2m"),
     "STEPS": (lambda v: v >= 0, "at least 1 (or 0 for the sampler's own default)"),
@@ -110,6 +129,11 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
         "BETA_START and BETA_END are for SCHEDULE_TYPE linear only",
     ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
+    (
+        ("CLASSES", "GUIDANCE_SCALE"),
+        lambda classes, scale: classes or scale == GUIDANCE_SCALE,
+        "GUIDANCE_SCALE goes with --class",
+    ),
 ]
 
 # Settings that a resumed run may change; every other one must stay, for it shapes the weights.
@@ -118,7 +142,7 @@ FREE_ON_RESUME = {
     "ETA", "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
 # These shape them, and may change all the same, but not unseen.
-NOTED_ON_RESUME = {"LEARNING_RATE", "GRAD_CLIP", "COMPILE"}
+NOTED_ON_RESUME = {"LEARNING_RATE", "LR_WARMUP", "LR_DECAY", "GRAD_CLIP", "COMPILE"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,6 +176,16 @@ class Parser(argparse.ArgumentParser):
             default=f"{CHECKPOINT_PATH}/best.pth",
             metavar="FILE",
             help="the trained model; it carries its own settings (default: %(default)s)",
+        )
+
+    def add_class(self) -> None:
+        self.add_argument(
+            "--class",
+            dest="classes",
+            nargs="+",
+            default=[],
+            metavar="CLASS",
+            help="as many images of each of these, by name or number, or of all (default: of none in particular)",
         )
 
     def add_output_dir(self, folder: str) -> None:
@@ -216,7 +250,7 @@ def _not_empty(path: str) -> str:
 
 def _comments() -> dict[str, str]:
     """The comment beside each constant of this file, read from its source."""
-    lines = re.findall(r"^([A-Z_]+)\b.+? +# (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^([A-Z0-9_]+)\b.+? +# (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     return {name: comment.replace("%", "%%") for name, comment in lines}
 
 

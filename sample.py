@@ -5,12 +5,13 @@ import argparse
 import config
 from src import errors
 
-SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS DEVICE".split()
+SETTINGS = "NUM_SAMPLES GUIDANCE_SCALE SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS DEVICE".split()
 
 
 def parse_args() -> argparse.Namespace:
     parser = config.Parser(__doc__, SETTINGS, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
+    parser.add_class()
     parser.add_output_dir("samples")
     parser.add_argument("--interpolate", action="store_true", help="also morph the first image into the second")
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
@@ -18,6 +19,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.interpolate and (args.sampler == "ddpm" or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
+    if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
+        parser.error("--interpolate takes one --class, or none")
     if args.interp_steps != config.INTERP_STEPS and not args.interpolate:
         parser.error("--interp_steps goes with --interpolate")
     return args
@@ -29,6 +32,7 @@ if __name__ == "__main__":
 
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,8 +45,15 @@ log = logging.getLogger("sample")
 GIF_FRAMES = 50  # pictures of an animation, however many steps the sampler takes
 
 
-def write_samples(generator: pipeline.Generator, args: argparse.Namespace, directory: Path) -> None:
-    """Write NUM_SAMPLES images as they come, the first of them as a grid, and on request how those emerged."""
+def write_samples(
+    generator: pipeline.Generator, args: argparse.Namespace, directory: Path, names: Sequence[str] = ()
+) -> None:
+    """Write NUM_SAMPLES images as they come, the first of them as a grid, and on request how those emerged.
+
+    `names` are those of the generator's classes.
+    """
+    rows = len(names) > 1  # of the grid, one a class
+    most = len(names) * utils.CLASS_COLUMNS if rows else utils.GRID_IMAGES
     shown = torch.empty(0, *generator.shape, dtype=torch.uint8)  # the images of the grid; all others are let go
     frames: list[Tensor] = []  # of the first batch, as grids
     number, step = itertools.count(), itertools.count(1)  # the bar does not count where it is not shown
@@ -54,10 +65,11 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
                 frames.append(utils.image_grid(utils.to_uint8(x_t[: utils.GRID_IMAGES])))
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
-            for image in batch:
-                utils.save_png(image, directory / f"sample_{next(number):05d}.png")
-            shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]
-    utils.save_png(utils.image_grid(shown), directory / "grid.png")
+            for image, i in zip(batch, number, strict=False):  # in this order, or a number would be lost
+                name = f"_{names[i % len(names)]}" if names else ""
+                utils.save_png(image, directory / f"sample_{i:05d}{name}.png")
+            shown = torch.cat([shown, batch])[:most]
+    utils.save_png(utils.class_grid(shown, names) if rows else utils.image_grid(shown), directory / "grid.png")
     if args.gif:
         frames.append(utils.image_grid(shown[: args.batch_size]))
         utils.save_gif(frames, directory / "denoising.gif")
@@ -65,14 +77,21 @@ def write_samples(generator: pipeline.Generator, args: argparse.Namespace, direc
 
 def main(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
-    unet, diffusion, _ = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
+    unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
+    classes = pipeline.pick_classes(args.classes, settings["classes"])
+    names = [settings["classes"][label] for label in classes]
+    if classes:
+        args.num_samples += -args.num_samples % len(classes)  # as many of each
     precision = utils.pick_precision(args.precision, device)
-    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta, precision)
+    generator = pipeline.Generator(
+        unet, diffusion, args.sampler, args.steps, args.eta, precision, classes, args.guidance_scale
+    )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    where, how = utils.describe_device(device, precision), (args.num_samples, args.sampler, generator.steps)
-    log.info("%s on %s: %d images, %s, %d steps", args.checkpoint, where, *how)
+    where, of = utils.describe_device(device, precision), f" of {', '.join(names)}" if names else ""
+    how = args.num_samples, of, args.sampler, generator.steps
+    log.info("%s on %s: %d images%s, %s, %d steps", args.checkpoint, where, *how)
 
-    write_samples(generator, args, directory)
+    write_samples(generator, args, directory, names)
     if args.interpolate:
         strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
         utils.save_png(utils.image_grid(strip, columns=len(strip)), directory / "interpolation.png")

@@ -6,9 +6,10 @@ import config
 from src import errors
 
 SETTINGS = """
-    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION COMPILE
-    UNET_DIM UNET_DIM_MULTS TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION NUM_SAMPLES SAMPLER STEPS ETA
-    SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 EPOCHS GRAD_CLIP
+    EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS CLASS_CONDITIONAL CLASS_DROPOUT TIME_STEPS
+    SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA SAVE_EVERY
+    SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
 """.split()
 
 
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src import checkpoint, dataset, lock, pipeline, utils
+from src.diffusion import draw_times
 from src.ema import EMA
 from src.interrupt import Interrupted, StopSignals
 from src.monitor import Monitor, describe
+from src.optimizer import adam, learning_rate
 
 log = logging.getLogger("train")
 
@@ -63,13 +67,16 @@ class Trainer:
                 f"{args.dataset} has {len(images)} training images: too few for --val_size {args.val_size} and "
                 f"--batch_size {args.batch_size}; reduce one of them"
             )
+        self.steps = args.epochs * self.batches_per_epoch  # of the whole run
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
 
-        self.model, self.diffusion = pipeline.build(vars(args), self.device)
+        self.settings = {name: value for name, value in vars(args).items() if name.upper() in SETTINGS}
+        self.settings["classes"] = list(dataset.DATASETS[args.dataset].classes) if args.class_conditional else []
+        self.model, self.diffusion = pipeline.build(self.settings, self.device)
         self.ema = EMA(self.model, args.ema_decay)
         if args.compile:
             self.model.compile()  # in place: its state_dict stays that of the plain network
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
+        self.optimizer = adam(self.model, args.adam_beta2)
 
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done of the next epoch
@@ -82,7 +89,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and the settings that rebuild the network."""
         return {
-            "settings": {k: v for k, v in vars(self.args).items() if k.upper() in SETTINGS and "path" not in k},
+            "settings": {name: value for name, value in self.settings.items() if "path" not in name},
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -113,8 +120,6 @@ class Trainer:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise checkpoint.other_version(path) from error
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate  # the one part of the optimiser's state that a flag may change
         self.loss_sum = self.loss_sum.to(self.device)
         log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.step)
 
@@ -125,22 +130,31 @@ class Trainer:
             self.save_due = time.monotonic() + 60 * self.args.save_minutes
         return path
 
-    def train_step(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W); returns its loss and gradient norm."""
-        t = torch.randint(self.args.time_steps, (len(x0),), device=self.device)  # (B,)
+    def train_step(self, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W) of classes y (B,); its loss and gradient norm."""
+        args = self.args
+        t = draw_times(len(x0), args.time_steps, args.time_sampling, self.device)  # (B,)
         eps = torch.randn_like(x0)  # (B, C, H, W)
+        network = self.model
+        if args.class_conditional:  # but hide some of the classes (Ho & Salimans 2022, Algorithm 1)
+            hidden = torch.rand(len(y), device=self.device) < args.class_dropout  # (B,)
+            network = partial(self.model, y=y.masked_fill(hidden, self.model.no_class))
         with utils.autocast(self.device, self.precision):
-            loss = self.diffusion.loss(self.model, x0, t, eps)
+            loss = self.diffusion.loss(network, x0, t, eps)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
         if not norm.isfinite():  # clipping has spread it to every gradient: the step would ruin the weights
             raise errors.UserError(
                 f"training diverged: the gradient of step {self.step + 1} is {norm.item()}; nothing was saved since "
-                f"latest.pth. Reduce --learning_rate (now {self.args.learning_rate:g})"
+                f"latest.pth. Reduce --learning_rate (now {args.learning_rate:g})"
             )
+        lr = learning_rate(self.step + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
-        self.ema.update(self.model)
+        self.step += 1
+        self.ema.update(self.model, self.step)
         return loss.detach(), norm
 
     def train_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
@@ -150,12 +164,11 @@ class Trainer:
         batches = dataset.batches(
             self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, skip=self.batch
         )
-        for x0, _ in batches:
-            loss, norm = self.train_step(x0)
-            self.step += 1
+        for x0, y in batches:
+            loss, norm = self.train_step(x0, y)
             self.batch += 1
             self.loss_sum += loss
-            monitor.count_step(self.step, loss, norm, args.learning_rate)
+            monitor.count_step(self.step, loss, norm, self.optimizer.param_groups[0]["lr"])
             signals.check()
             if time.monotonic() >= self.save_due and self.batch < self.batches_per_epoch:  # else finish_epoch saves
                 monitor.flush()
@@ -204,10 +217,9 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the last epoch, or until a signal; returns the exit status."""
-        args = self.args
-        directory, steps = Path(args.log_path) / "tensorboard", args.epochs * self.batches_per_epoch
+        args, directory = self.args, Path(self.args.log_path) / "tensorboard"
         with (
-            Monitor(directory, self.step, steps, args.batch_size, args.log_every) as monitor,
+            Monitor(directory, self.step, self.steps, args.batch_size, args.log_every) as monitor,
             logging_redirect_tqdm(),
             StopSignals() as signals,
         ):
@@ -226,22 +238,13 @@ class Trainer:
         return 0
 
 
-def clear(earlier: list[Path], overwrite: bool) -> None:
-    """Make room for --fresh: delete an earlier run's checkpoints with --overwrite, refuse without."""
-    if earlier and not overwrite:
-        names = ", ".join(map(str, earlier))
-        raise errors.SettingError(f"--fresh would lose {names}: add --overwrite, or give other paths")
-    for path in earlier:
-        path.unlink()
-
-
 def main(args: argparse.Namespace) -> int:
     utils.make_directories({name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")})
     with lock.hold(Path(args.checkpoint_path)):
         trainer = Trainer(args)
         earlier = checkpoint.of_run(Path(args.checkpoint_path))
         if args.fresh:  # only now: a run that cannot start must not cost the old one
-            clear(earlier, args.overwrite)
+            checkpoint.clear(earlier, args.overwrite)
         elif earlier:
             trainer.resume(earlier[0])
         log.info(describe(args, trainer.model, trainer.device, trainer.precision, len(trainer.images)))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from src.errors import UserError  # a bad file is something the user can mend
+from src.errors import SettingError, UserError  # a bad file is something the user can mend
 
 PROGRAM = "simple-ddpm"
 FORMAT = 1  # raised whenever an older program could not read the file
@@ -87,6 +87,15 @@ def of_run(directory: Path) -> list[Path]:
     """
     paths = [directory / f"{name}.pth" for name in ("latest", "final", "best")]
     return [path for path in paths if os.path.lexists(path)]  # a dangling link is a lost file, not an absent one
+
+
+def clear(earlier: list[Path], overwrite: bool) -> None:
+    """Make room for a fresh run: delete the checkpoints of an earlier one, if the user said to; else raise."""
+    if earlier and not overwrite:
+        names = ", ".join(map(str, earlier))
+        raise SettingError(f"--fresh would lose {names}: add --overwrite, or give other paths")
+    for path in earlier:
+        path.unlink()
 
 
 def other_version(path: Path) -> UserError:

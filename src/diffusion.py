@@ -33,6 +33,18 @@ def cosine_betas(time_steps: int, s: float = 0.008) -> Tensor:
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # β_t = 1 - α̅_t / α̅_{t-1}
 
 
+def draw_times(count: int, time_steps: int, how: str, device: torch.device | str = "cpu") -> Tensor:
+    """Timesteps to train on, (count,) int64, each uniform from 0 to T - 1, from torch's global generator.
+
+    "uniform" draws them one by one. "stratified" draws one from each of `count` equal parts of the range: every batch
+    sees them all, and its loss varies less from batch to batch (Kingma et al. 2021, appendix I.1).
+    """
+    if how == "uniform":
+        return torch.randint(time_steps, (count,), device=device)
+    u = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count  # (count,) in [0, 1]
+    return (time_steps * u).long().clamp(max=time_steps - 1)
+
+
 class Diffusion:
     """A noise schedule and the distributions that follow from it.
 
@@ -40,7 +52,8 @@ class Diffusion:
         time_steps: T, the number of noise levels.
         schedule: "linear" or "cosine".
         beta_start, beta_end: the ends of the linear schedule; the cosine schedule has none.
-        prediction: what the network predicts, "noise" (Ho et al.) or "v" (Salimans & Ho 2022); see `target`.
+        prediction: what the network predicts, "noise" (Ho et al.), "x0" or "v" (Salimans & Ho 2022); see `target`.
+        loss_weight: of the timesteps in the loss, "uniform" or "min_snr"; see `weight`.
         device: where x_t will live.
 
     Attributes:
@@ -55,6 +68,7 @@ class Diffusion:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         prediction: str = "noise",
+        loss_weight: str = "uniform",
         device: torch.device | str = "cpu",
     ) -> None:
         if schedule == "linear":
@@ -63,9 +77,11 @@ class Diffusion:
             betas = cosine_betas(time_steps)
         else:
             raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
-        if prediction not in ("noise", "v"):
-            raise ValueError(f"unknown prediction {prediction!r}: choose noise or v")
-        self.time_steps, self.prediction = time_steps, prediction
+        if prediction not in ("noise", "x0", "v"):
+            raise ValueError(f"unknown prediction {prediction!r}: choose noise, x0 or v")
+        if loss_weight not in ("uniform", "min_snr"):
+            raise ValueError(f"unknown loss weight {loss_weight!r}: choose uniform or min_snr")
+        self.time_steps, self.prediction, self.loss_weight = time_steps, prediction, loss_weight
         self.betas = betas.to(device)
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
 
@@ -88,22 +104,27 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is to predict from x_t: the noise, or v = √α̅_t eps - √(1 - α̅_t) x_0.
+        """What the network is to predict from x_t: the noise, x_0, or v = √α̅_t eps - √(1 - α̅_t) x_0.
 
-        Either, with x_t, fixes the other. But to get x_0 from the noise one divides by √α̅_t, which on the cosine
-        schedule ends at 5e-5: there any error of the network becomes a saturated pixel. From v one never divides
-        (Salimans & Ho 2022, appendix D).
+        Any of them, with x_t, fixes the others. But to get x_0 from the noise one divides by √α̅_t, which on the
+        cosine schedule ends at 5e-5: there any error of the network becomes a saturated pixel. From v one never
+        divides (Salimans & Ho 2022, appendix D).
         """
         if self.prediction == "noise":
             return eps
+        if self.prediction == "x0":
+            return x0
         signal, noise = self.signal_and_noise(t)
         return signal * eps - noise * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The x_0 that the network's output for x_t stands for, clipped to the data's range [-1, 1]."""
         signal, noise = self.signal_and_noise(t)
-        x0 = (x_t - noise * output) / signal if self.prediction == "noise" else signal * x_t - noise * output
-        return x0.clamp(-1, 1)
+        if self.prediction == "noise":
+            output = (x_t - noise * output) / signal
+        elif self.prediction == "v":
+            output = signal * x_t - noise * output
+        return output.clamp(-1, 1)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """The noise that leads from x_0 to x_t: eq. 4 solved for eps."""
@@ -137,7 +158,19 @@ class Diffusion:
 
     def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The mean squared error of the prediction, a scalar; of the noise, it is L_simple (Ho et al., eq. 14)."""
-        return F.mse_loss(network(self.q_sample(x0, t, eps), t), self.target(x0, t, eps))
+        error = F.mse_loss(network(self.q_sample(x0, t, eps), t), self.target(x0, t, eps), reduction="none")
+        return (self.weight(t) * error).mean()
+
+    def weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
+        """How much timestep t counts in the loss, float32 (B,1,1,1); 1 where weights are uniform.
+
+        "min_snr" counts errors of x_0 by min(SNR, γ), γ = 5 (Hang et al. 2023, §3.4). An error of the noise makes one
+        of x_0 that is 1/√SNR as large, an error of v one that is 1/√(SNR + 1) as large.
+        """
+        if self.loss_weight == "uniform":
+            return torch.ones_like(t, dtype=torch.float32)[:, None, None, None]
+        snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
+        return _per_image(snr.clamp(max=gamma) / {"noise": snr, "x0": 1, "v": snr + 1}[self.prediction])
 
     def _beta_tilde(self, t: Tensor, s: Tensor) -> Tensor:
         """β̃ (Ho et al., eq. 7) for any s < t, (B,) float64: callers round only what they make of it."""

@@ -61,8 +61,9 @@ class ResnetBlock(nn.Module):
     after the convolutions: before them, they would also run on the concatenated maps of the way up, twice as wide.
     """
 
-    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
+    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.conv1 = conv3x3(c_in, c_out, resolution)
         self.norm1 = Norm(c_out)
         self.time = nn.Linear(time_width, 2 * c_out)
@@ -73,7 +74,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1) each
         h = F.silu(torch.addcmul(shift, self.norm1(self.conv1(x)), 1 + scale))  # (B, c_out, H, W)
-        return self.skip(x) + F.silu(self.norm2(self.conv2(h)))  # (B, c_out, H, W)
+        return self.skip(x) + F.silu(self.norm2(self.conv2(self.dropout(h))))  # (B, c_out, H, W)
 
 
 class Attention(nn.Module):
@@ -98,12 +99,15 @@ class Attention(nn.Module):
         return x + self.out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
 
 
-class Level(nn.Module):
-    """One resolution on the way down or up: a ResNet block and, at 16×16 and 8×8, self-attention."""
+class UpLevel(nn.Module):
+    """One resolution on the way up: a ResNet block and, at 16×16 and 8×8, self-attention.
 
-    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int) -> None:
+    Only on the way up, where the whole image has been seen already: on the way down it cost time and gained nothing.
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
         super().__init__()
-        self.block = ResnetBlock(c_in, c_out, time_width, resolution)
+        self.block = ResnetBlock(c_in, c_out, time_width, resolution, dropout)
         self.attention = Attention(c_out) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -111,49 +115,71 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, eq. 11: from x_t and t, a prediction of the noise in x_t (or of v).
+    """The network of Ho et al. 2020, eq. 11: from x_t, t and the class y, a prediction of the noise in x_t (or of v).
 
     Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
     self-attention at the lowest resolution; up again, each level reading beside its input what the level of its
     resolution wrote on the way down. With the default arguments: levels of 32×32×32, 64×16×16, 128×8×8 and
-    256×4×4, and 2.3 million parameters.
+    256×4×4, and 2.2 million parameters.
 
     Args:
         image_size: height and width of the images, divisible by 2^(levels - 1).
         channels: 1 for grayscale, 3 for colour.
         dim: channels of the first level, a multiple of NORM_GROUPS.
         dim_mults: channels of each level, as multiples of `dim`.
+        num_classes: how many classes y may name; 0 for the plain model, which knows of none.
+        dropout: share of the hidden values that each ResNet block forgets in training.
+
+    Attributes:
+        no_class: the y that tells nothing, one above the classes.
     """
 
     def __init__(
-        self, image_size: int = 32, channels: int = 1, dim: int = 32, dim_mults: Sequence[int] = (1, 2, 4, 8)
+        self,
+        image_size: int = 32,
+        channels: int = 1,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        num_classes: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.channels, self.no_class = image_size, channels, num_classes
         widths = [dim * m for m in dim_mults]
         sizes = [image_size >> level for level in range(len(widths))]
         time_width = 4 * dim
         pairs = list(pairwise(widths))  # neighbouring levels: (upper, lower)
 
         self.time = TimeEmbedding(dim, time_width)
+        self.label = nn.Embedding(num_classes + 1, time_width, padding_idx=self.no_class) if num_classes else None
         self.conv_in = nn.Conv2d(channels, dim, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(c_in, c, time_width, size) for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
+            ResnetBlock(c_in, c, time_width, size, dropout)
+            for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
         )
         self.downsample = nn.ModuleList(nn.Conv2d(upper, upper, 3, stride=2, padding=1) for upper, _ in pairs)
-        self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
+        self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1], dropout)
         self.middle_attention = Attention(widths[-1])
-        self.middle_out = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1])
-        self.up = nn.ModuleList(Level(2 * c, c, time_width, size) for c, size in zip(widths, sizes, strict=True))
+        self.middle_out = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1], dropout)
+        self.up = nn.ModuleList(
+            UpLevel(2 * c, c, time_width, size, dropout) for c, size in zip(widths, sizes, strict=True)
+        )
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
         self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of what is to be predicted
         nn.init.zeros_(self.conv_out.bias)
+        if self.label is not None:
+            nn.init.zeros_(self.label.weight)  # classes begin alike; the row of no_class, its padding, stays 0
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Images x_t (B,C,H,W), timesteps t from 0 to T - 1, (B,) or one for all (1,) → the prediction (B,C,H,W)."""
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images x_t (B,C,H,W), timesteps t from 0 to T - 1 and classes y → the prediction (B,C,H,W).
+
+        t and y are (B,), or (1,), one for all; without y, the network is told no class.
+        """
         emb = self.time(t)  # (B, D) or (1, D)
+        if y is not None:
+            emb = emb + self.label(y)  # (B, D) or (1, D)
         h = self.conv_in(x_t)  # (B, dim, H, W)
 
         skips = []

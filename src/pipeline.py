@@ -3,7 +3,7 @@
 This is the one file of src that knows several siblings, so that no script has to assemble them twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src import checkpoint
 from src.dataset import normalise
-from src.diffusion import Diffusion
+from src.diffusion import Diffusion, Network
 from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
@@ -22,14 +22,25 @@ DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20}  # more gain little: se
 
 
 def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diffusion]:
-    """A fresh U-Net and its diffusion from the settings of config.py, or those that a checkpoint carries."""
-    unet = UNet(settings["image_size"], settings["channels"], settings["unet_dim"], settings["unet_dim_mults"])
+    """A fresh U-Net and its diffusion from settings, as a checkpoint carries them.
+
+    They are config.py's, and "classes": the names of those that the network is told, none for the plain model.
+    """
+    unet = UNet(
+        settings["image_size"],
+        settings["channels"],
+        settings["unet_dim"],
+        settings["unet_dim_mults"],
+        len(settings["classes"]),
+        settings["dropout"],
+    )
     diffusion = Diffusion(
         settings["time_steps"],
         settings["schedule_type"],
         settings["beta_start"],
         settings["beta_end"],
         settings["prediction"],
+        settings["loss_weight"],
         device,
     )
     return unet.to(device, memory_format=torch.channels_last), diffusion
@@ -55,11 +66,31 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
     return unet.eval().requires_grad_(False), diffusion, state["settings"]
 
 
+def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
+    """The labels of the classes that somebody asked for by name or number; "all" is all that are known, in order.
+
+    Raises:
+        SettingError: a class is not known, or the model knows none.
+    """
+    if asked and not known:
+        raise SettingError("--class is for models that were trained with classes: this one was told none")
+    if list(asked) == ["all"]:
+        return list(range(len(known)))
+    labels = {name: label for label, name in enumerate(known)} | {str(label): label for label in range(len(known))}
+    for name in asked:
+        if name not in labels:
+            raise SettingError(f"--class {name} is unknown: choose from {', '.join(known)}, their numbers, or all")
+    return [labels[name] for name in asked]
+
+
 @torch.inference_mode()
 def validation_loss(
     unet: UNet, diffusion: Diffusion, images: Tensor, seed: int, batch_size: int, on_batch: Callable[[], None]
 ) -> float:
-    """The loss on images (N,C,H,W) uint8 with fixed eps and t, which are spread evenly over all timesteps."""
+    """The loss on images (N,C,H,W) uint8 with fixed eps and t, which are spread evenly over all timesteps.
+
+    The network is not told their classes, so the loss compares with that of a network that knows of none.
+    """
     total, n, device = 0.0, len(images), next(unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     for first in range(0, n, batch_size):
@@ -81,6 +112,8 @@ class Generator:
         steps: network evaluations an image; 0 means DEFAULT_STEPS, or all timesteps if those are fewer.
         eta: DDIM's share of fresh noise, 0 to 1; the other samplers have none to set.
         precision: of the network's arithmetic; the sampler's own stays float32.
+        classes: the labels of the classes to ask for in turn; none, for images of any.
+        guidance_scale: how far to go from the prediction without a class, 0, past the one with it, 1.
 
     Raises:
         SettingError: there are more steps than the diffusion has timesteps.
@@ -94,8 +127,11 @@ class Generator:
         steps: int = 0,
         eta: float = 0.0,
         precision: torch.dtype = torch.float32,
+        classes: Sequence[int] = (),
+        guidance_scale: float = 1.0,
     ) -> None:
         self.unet, self.diffusion, self.precision = unet, diffusion, precision
+        self.classes, self.guidance_scale = classes, guidance_scale
         self.shape = (unet.channels, unet.image_size, unet.image_size)
         self.device = next(unet.parameters()).device
         self.sampler = sampler
@@ -113,27 +149,48 @@ class Generator:
         may move a pixel by one grey level). `on_step` gets every x_t (B,C,H,W) on the way, from x_T - 1 to the image.
         """
         for first in range(0, count, batch_size):
-            draw = ImageNoise(seed, range(first, min(first + batch_size, count)), self.shape, self.device)
-            yield self._follow(draw(), draw, on_step)
+            indices = range(first, min(first + batch_size, count))
+            draw = ImageNoise(seed, indices, self.shape, self.device)
+            yield self._follow(draw(), draw, self.labels(indices), on_step)
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """The classes (B,) that the images of these indices are asked to be of: each in turn; None without classes."""
+        if not self.classes:
+            return None
+        return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
 
     def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
         """From image 0 of a seed to image 1 in `frames` images, ends included, uint8 (frames,C,H,W).
 
+        All frames are of the first class, if any is asked for.
         Meant for a deterministic sampler: only there are the ends images 0 and 1 of `generate`, and neighbours alike.
         """
         draw = ImageNoise(seed, range(2), self.shape, self.device)
         noises = slerp(*draw(), torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
-        return torch.cat([self._follow(x_T, draw) for x_T in noises.split(batch_size)])
+        return torch.cat([self._follow(x, draw, self.labels([0] * len(x))) for x in noises.split(batch_size)])
 
-    def _follow(self, x_T: Tensor, draw: ImageNoise, on_step: Callable[[Tensor], None] | None = None) -> Tensor:
-        for x_t in SAMPLERS[self.sampler](self._network, self.diffusion, x_T, draw, self.steps, **self.options):
+    def _follow(
+        self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        network = self.network(y)
+        for x_t in SAMPLERS[self.sampler](network, self.diffusion, x_T, draw, self.steps, **self.options):
             if on_step is not None:
                 on_step(x_t)
         return to_uint8(x_t).cpu()
 
-    def _network(self, x_t: Tensor, t: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
-            return self.unet(x_t, t).float()
+    def network(self, y: Tensor | None = None) -> Network:
+        """The U-Net as samplers call it, for images of classes y (B,), with classifier-free guidance."""
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            with autocast(self.device, self.precision):
+                if y is None or self.guidance_scale == 1:
+                    return self.unet(x_t, t, y).float()  # (B, C, H, W)
+                untold = torch.full_like(y, self.unet.no_class)
+                both = self.unet(torch.cat([x_t, x_t]), t, torch.cat([y, untold])).float()  # (2B, C, H, W)
+            told, untold = both.chunk(2)
+            return untold + self.guidance_scale * (told - untold)  # Ho & Salimans 2022, eq. 6, with scale = 1 + w
+
+        return predict
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

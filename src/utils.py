@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 from src.errors import SettingError  # an absent device or an unwritable place is something the user can mend
 
 GRID_IMAGES = 64  # most that the grid of sample.py and of eval.py shows, 8 × 8
+CLASS_COLUMNS = 10  # most images of a class that a grid by class shows
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,6 +143,20 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     rows = -(-len(images) // columns)
     padding = (gap // 2, gap - gap // 2) * 2 + (0, 0, 0, rows * columns - len(images))
     return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
+
+
+def class_grid(images: Tensor, names: Sequence[str], gap: int = 2) -> Tensor:
+    """Images (N,C,H,W) uint8 of K classes in turn as a picture (C,H',W'): a row for each class, its name before it."""
+    height = images.shape[2] + gap
+    font = ImageFont.load_default(12)
+    width = math.ceil(max(font.getlength(name) for name in names)) + 8
+    labels = Image.new("L", (width, height * len(names)))
+    for row, name in enumerate(names):
+        ImageDraw.Draw(labels).text((4, height * row + height // 2), name, fill=255, font=font, anchor="lm")
+    rows = rearrange(images, "(column row) c h w -> (row column) c h w", row=len(names))
+    picture = image_grid(rows, columns=len(images) // len(names), gap=gap)  # (C, H', columns · W)
+    strip = torch.from_numpy(np.array(labels)).expand(len(picture), -1, -1)  # (C, H', width)
+    return torch.cat([strip, picture], dim=2)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from src.diffusion import Diffusion, cosine_betas, linear_betas
+from src.diffusion import Diffusion, cosine_betas, draw_times, linear_betas
 
 SCHEDULES = ["linear", "cosine"]
-PREDICTIONS = ["noise", "v"]
+PREDICTIONS = ["noise", "x0", "v"]
 HO = (1e-4, 0.02)  # the ends of Ho et al.'s linear schedule
 SIGMAS = 4.5  # standard errors that a Monte-Carlo estimate may be off
 EPS32 = torch.finfo(torch.float32).eps
@@ -111,8 +111,8 @@ def test_unknown_schedule_is_refused_with_the_known_ones():
 
 
 def test_unknown_prediction_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'x0'.*noise.*v"):
-        Diffusion(1000, "cosine", prediction="x0")
+    with pytest.raises(ValueError, match=r"'score'.*noise.*x0.*v"):
+        Diffusion(1000, "cosine", prediction="score")
 
 
 # ---- the forward process ---------------------------------------------------------------------------------
@@ -339,13 +339,15 @@ def test_loss_of_the_best_predictor_is_what_cannot_be_known(prediction, t):
     """For x_0 ~ N(0, s²) all is jointly Gaussian, and x_t has the variance u = α̅ s² + 1 - α̅.
 
     The noise has the covariance √(1-α̅) with x_t: the best guess is √(1-α̅) x_t / u, the unknown rest of it
-    1 - (1-α̅) / u = α̅ s² / u. For v the covariance is √(α̅(1-α̅)) (1 - s²), and the rest s² / u.
+    1 - (1-α̅) / u = α̅ s² / u. For x_0 the covariance is √α̅ s², and the rest (1-α̅) s² / u; for v √(α̅(1-α̅)) (1 - s²),
+    and s² / u.
     """
     diffusion, s, n = Diffusion(1000, "cosine", prediction=prediction), 0.5, 100 * 32 * 32
     a = alpha_bar_by_hand(diffusion, t)
     u = a * s**2 + 1 - a
-    covariance = {"noise": math.sqrt(1 - a), "v": math.sqrt(a * (1 - a)) * (1 - s**2)}[prediction]
-    least = {"noise": a * s**2 / u, "v": s**2 / u}[prediction]
+    covariances = {"noise": math.sqrt(1 - a), "x0": math.sqrt(a) * s**2, "v": math.sqrt(a * (1 - a)) * (1 - s**2)}
+    covariance = covariances[prediction]
+    least = {"noise": a, "x0": 1 - a, "v": 1}[prediction] * s**2 / u
     x0, eps = s * noise(100, 1, 32, 32), noise(100, 1, 32, 32, seed=1)
 
     def loss_of(factor: float) -> float:
@@ -354,3 +356,53 @@ def test_loss_of_the_best_predictor_is_what_cannot_be_known(prediction, t):
     assert abs(loss_of(1) - least) < SIGMAS * least * math.sqrt(2 / n)
     assert loss_of(0.8) > loss_of(1)  # negative controls: any other factor does worse
     assert loss_of(1.2) > loss_of(1)
+
+
+# ---- how timesteps are drawn and weighed -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_min_snr_counts_errors_of_x0_by_the_smaller_of_snr_and_5(schedule, prediction):
+    """Whatever the network predicts: an x_0 that is wrong by 0.1 costs min(SNR, 5) · 0.01."""
+    diffusion = Diffusion(1000, schedule, prediction=prediction, loss_weight="min_snr")
+    x0, eps = torch.zeros(1, 1, 4, 4), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in (torch.tensor([t]) for t in (0, 100, 300, 500, 900)):
+        wrong = x0 + 0.1
+        x_t = diffusion.q_sample(x0, t, eps)
+        output = diffusion.target(wrong, t, diffusion.predict_eps(x_t, t, wrong))  # of a network that believes in it
+        loss = diffusion.loss(lambda x_t, t, output=output: output, x0, t, eps)
+        snr = (diffusion.alpha_bar[t] / (1 - diffusion.alpha_bar[t])).item()
+        assert loss.item() == pytest.approx(min(snr, 5) * 0.01, rel=2e-3)
+
+
+def test_uniform_weights_are_1():
+    t = torch.arange(1000)
+    assert torch.equal(Diffusion(1000, "cosine", prediction="v").weight(t), torch.ones(1000, 1, 1, 1))
+
+
+def test_an_unknown_weight_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'snr'.*uniform.*min_snr"):
+        Diffusion(1000, "cosine", loss_weight="snr")
+
+
+@pytest.mark.parametrize("how", ["uniform", "stratified"])
+def test_every_timestep_is_as_likely_as_any_other(how):
+    torch.manual_seed(0)
+    t = torch.cat([draw_times(64, 10, how) for _ in range(500)])  # 32,000 of them
+    counts = t.bincount(minlength=10).double()
+    assert (t.dtype, len(counts)) == (torch.int64, 10)
+    chi2 = ((counts - 3200) ** 2 / 3200).sum()
+    assert chi2 < 27.9  # the 99.9th percentile for 9 degrees of freedom
+
+
+def test_stratified_times_hold_one_of_every_part_and_uniform_ones_do_not():
+    torch.manual_seed(0)
+    for _ in range(20):
+        assert torch.equal(draw_times(50, 1000, "stratified") // 20, torch.arange(50))
+    assert not torch.equal(draw_times(50, 1000, "uniform").sort().values // 20, torch.arange(50))
+
+
+def test_stratified_times_stay_below_the_end(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, device: torch.full((count,), 1 - 2**-24))
+    assert draw_times(64, 1000, "stratified").max() == 999

@@ -1,6 +1,7 @@
 """`src/ema.py`: the recurrence itself, that it runs every step, and that the shadow is nobody else's."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from src.ema import EMA
 from src.model import UNet
+
+LATE = 10**9  # a step so late that every decay has long been reached
 
 
 @pytest.fixture
@@ -32,10 +35,11 @@ def train_a_step(model: nn.Module, generator: torch.Generator) -> None:
 def test_shadow_follows_the_recurrence_at_every_step(model, decay):
     ema, generator = EMA(model, decay), torch.Generator().manual_seed(1)
     by_hand = weights(model)
-    for _ in range(50):
+    for step in range(1, 51):
         train_a_step(model, generator)
-        ema.update(model)
-        by_hand = [decay * old + (1 - decay) * new for old, new in zip(by_hand, weights(model), strict=True)]
+        ema.update(model, step)
+        d = min(decay, step / (step + 9))
+        by_hand = [d * old + (1 - d) * new for old, new in zip(by_hand, weights(model), strict=True)]
         for ours, expected in zip(weights(ema.model), by_hand, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -48,7 +52,7 @@ def test_shadow_starts_as_the_model(model):
 def test_decay_0_is_the_model_itself(model):
     ema = EMA(model, 0.0)
     train_a_step(model, torch.Generator().manual_seed(1))
-    ema.update(model)
+    ema.update(model, LATE)
     for ours, theirs in zip(weights(ema.model), weights(model), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -61,8 +65,20 @@ def test_after_1000_steps_the_start_has_faded_to_decay_to_the_1000(decay):
     ema = EMA(model, decay)
     nn.init.zeros_(model.weight)
     for _ in range(1000):
-        ema.update(model)
+        ema.update(model, LATE)
     assert ema.model.weight.item() == pytest.approx(decay**1000, rel=1e-3)  # 0.7% and 37%
+
+
+def test_the_start_has_faded_after_ten_steps_whatever_the_decay():
+    """The ramp: n! · 9! / (n + 9)! of the start is left after n steps, where a constant 0.9999 would leave it all."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = EMA(model, 0.9999)
+    nn.init.zeros_(model.weight)
+    for step in range(1, 11):
+        ema.update(model, step)
+    left = math.factorial(10) * math.factorial(9) / math.factorial(19)
+    assert ema.model.weight.item() == pytest.approx(left, rel=1e-5)  # a hundred-thousandth
 
 
 def test_training_moves_the_model_and_not_its_shadow(model):
@@ -73,7 +89,7 @@ def test_training_moves_the_model_and_not_its_shadow(model):
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(weights(model), start, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights(ema.model), before, strict=True))
-    ema.update(model)
+    ema.update(model, LATE)
     assert all(not torch.equal(a, b) for a, b in zip(weights(ema.model), before, strict=True))
 
 
@@ -81,20 +97,20 @@ def test_updating_moves_the_shadow_and_not_the_model(model):
     ema = EMA(model, 0.9)
     train_a_step(model, torch.Generator().manual_seed(1))
     before = weights(model)
-    ema.update(model)
+    ema.update(model, LATE)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 
 
 def test_shadow_and_model_share_no_memory(model):
     ema = EMA(model, 0.0)
-    ema.update(model)  # with decay 0 a careless update could hand over the tensor itself
+    ema.update(model, LATE)  # with decay 0 a careless update could hand over the tensor itself
     theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not theirs & {p.untyped_storage().data_ptr() for p in ema.model.parameters()}
 
 
 def test_shadow_is_outside_of_every_gradient(model):
     ema = EMA(model, 0.9)
-    ema.update(model)
+    ema.update(model, LATE)
     assert not ema.model.training
     assert model.training
     assert all(not p.requires_grad and p.is_leaf for p in ema.model.parameters())
@@ -111,6 +127,6 @@ def test_shadow_of_the_unet_averages_every_weight():
     with torch.no_grad():
         for p in model.parameters():
             p += 1
-    ema.update(model)
+    ema.update(model, LATE)
     expected = {name: w + 0.5 for name, w in start.state_dict().items()}
     torch.testing.assert_close(ema.model.state_dict(), expected)

@@ -89,16 +89,16 @@ def test_maps_shrink_by_strided_and_grow_by_transposed_convolutions(unet):
 
 
 def test_attention_runs_on_16x16_and_8x8_and_in_the_middle_on_4x4(unet):
-    assert maps_attended(unet) == {(16, 16): 2, (8, 8): 2, (4, 4): 1}  # down and up; the middle once
+    assert maps_attended(unet) == {(16, 16): 1, (8, 8): 1, (4, 4): 1}  # on the way up, and in the middle
     assert isinstance(unet.middle_attention, Attention)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"image_size": 64, "dim_mults": (1, 2, 4, 8)}, {(16, 16): 2, (8, 8): 3}),  # whose middle is at 8×8
-        ({"image_size": 16, "dim_mults": (1, 2, 4)}, {(16, 16): 2, (8, 8): 2, (4, 4): 1}),
-        ({"image_size": 32, "dim_mults": (1, 2)}, {(16, 16): 3}),
+        ({"image_size": 64, "dim_mults": (1, 2, 4, 8)}, {(16, 16): 1, (8, 8): 2}),  # whose middle is at 8×8
+        ({"image_size": 16, "dim_mults": (1, 2, 4)}, {(16, 16): 1, (8, 8): 1, (4, 4): 1}),
+        ({"image_size": 32, "dim_mults": (1, 2)}, {(16, 16): 2}),
         ({"image_size": 28, "dim_mults": (1, 2)}, {(14, 14): 1}),
     ],
 )
@@ -219,7 +219,7 @@ def test_attention_is_softmax_of_qk_over_sqrt_d_times_v(heads, monkeypatch):
 @pytest.mark.parametrize("resolution", [16, 8])
 def test_resnet_block_equals_its_formula(resolution):
     """Two times a 3×3 convolution, GroupNorm and SiLU; the time as scale and shift; a 1×1 convolution beside."""
-    block = shaken(ResnetBlock(16, 24, 10, resolution))
+    block = shaken(ResnetBlock(16, 24, 10, resolution, dropout=0.0))
     x, emb = noise(2, 16, resolution, resolution), noise(2, 10, seed=1)
 
     def silu(z: Tensor) -> Tensor:

@@ -41,11 +41,13 @@ def draw(trained, tmp_path) -> Callable[..., Path]:
 def random_model(tmp_path_factory) -> SimpleNamespace:
     """A checkpoint of random weights, unlike config.py's defaults throughout: 28 pixels, linear, 40 timesteps, …"""
     linear = "--schedule_type linear --beta_start 1e-3 --beta_end 0.01 --time_steps 40 --prediction noise".split()
-    settings = vars(arguments(train, *linear, "--image_size", 28, "--unet_dim", 8, "--unet_dim_mults", 1, 2))
+    args = arguments(train, *linear, "--image_size", 28, "--unet_dim", 8, "--unet_dim_mults", 1, 2)
+    settings = {**vars(args), "classes": ["circle", "square"]}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet, diffusion = pipeline.build(settings, torch.device("cpu"))
         nn.init.normal_(unet.conv_out.weight, std=0.1)  # else it would predict zeros
+        nn.init.normal_(unet.label.weight[: unet.no_class])  # else all classes would be alike
     path = tmp_path_factory.mktemp("random") / "model.pth"
     checkpoint.save(path, {"settings": settings, "ema": unet.state_dict()})
     return SimpleNamespace(unet=unet.eval(), diffusion=diffusion, path=path)
@@ -75,11 +77,11 @@ class Oracle(nn.Module):
         self.x0, self.diffusion = nn.Parameter(x0), diffusion
         self.channels, self.image_size, _ = x0.shape
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: None) -> Tensor:
         return self.diffusion.target(self.x0, t, self.diffusion.predict_eps(x_t, t, self.x0))
 
 
-@pytest.mark.parametrize("prediction", ["noise", "v"])
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_a_picture_comes_through_with_its_256_greys_unchanged(sampler, prediction, tmp_path):
     """Data's pixels → [-1, 1] → network → files. Normalised twice, black would be grey; as RGB, not mode L."""
@@ -209,7 +211,7 @@ import sample
 
 class Blank(torch.nn.Linear):
     channels, image_size = 1, 128
-    def forward(self, x_t, t): return torch.zeros_like(x_t)
+    def forward(self, x_t, t, y): return torch.zeros_like(x_t)
 
 generator = pipeline.Generator(Blank(1, 1), diffusion.Diffusion(10, "linear"), "ddim", steps=1)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,21 @@ def test_the_average_follows_its_recurrence_at_every_step(quick, saved, monkeypa
     expected: list[Tensor] = []
     adam_step, ema_init = torch.optim.Adam.step, EMA.__init__
 
+    steps = count(1)
+
     def spy_init(self: EMA, model: torch.nn.Module, decay: float) -> None:
         expected.extend(p.detach().double().clone() for p in model.parameters())
         ema_init(self, model, decay)
 
     def spy_step(self: torch.optim.Adam, *args: Any, **kwargs: Any) -> None:
         adam_step(self, *args, **kwargs)
+        decay = min(0.5, (n := next(steps)) / (n + 9))  # 0.1, 2/11, 3/12, … 0.5 at last, from step 9 on
         for average, p in zip(expected, self.param_groups[0]["params"], strict=True):
-            average.mul_(0.9).add_(p.detach().double(), alpha=0.1)
+            average.mul_(decay).add_(p.detach().double(), alpha=1 - decay)
 
     monkeypatch.setattr(EMA, "__init__", spy_init)
     monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
-    quick("run", "--epochs", 2)
+    quick("run", "--epochs", 3, "--ema_decay", 0.5)
     state = saved("run")
     for (name, average), truth in zip(state["ema"].items(), expected, strict=True):
         torch.testing.assert_close(average.double(), truth, rtol=1e-5, atol=1e-7, msg=name)
@@ -91,7 +95,7 @@ def test_the_average_follows_its_recurrence_at_every_step(quick, saved, monkeypa
 def test_images_reach_the_network_normalised_once(quick, monkeypatch):
     seen = []
     train_step = train.Trainer.train_step
-    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0: seen.append(x0) or train_step(self, x0))
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0, y: seen.append(x0) or train_step(self, x0, y))
     quick("run", "--epochs", 1)
     images = torch.cat(seen)
     assert (len(images), images.dtype) == (STEPS * 10, torch.float32)
@@ -110,10 +114,10 @@ def power_cut(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
     def cut(step: int) -> Iterator[None]:
         train_step = train.Trainer.train_step
 
-        def fatal_step(self: train.Trainer, x0: Tensor) -> tuple[Tensor, Tensor]:
+        def fatal_step(self: train.Trainer, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             if self.step == step:
                 raise RuntimeError("power cut")
-            return train_step(self, x0)
+            return train_step(self, x0, y)
 
         with monkeypatch.context() as patch:
             patch.setattr(train.Trainer, "train_step", fatal_step)
@@ -345,7 +349,7 @@ def test_a_stop_while_sampling_saves_the_raw_weights_and_no_picture(quick, saved
 
 
 def test_a_second_signal_quits_at_once_without_saving(quick, tmp_path, monkeypatch, capsys):
-    def impatient(self: train.Trainer, x0: Tensor) -> None:
+    def impatient(self: train.Trainer, x0: Tensor, y: Tensor) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the step went on")
@@ -404,7 +408,15 @@ LINEAR = ["--schedule_type", "linear"]
 SHAPING = [
     ("model", [], ["--learning_rate", "1e-2"]),
     ("model", [], ["--grad_clip", "1e-3"]),
-    ("ema", [], ["--ema_decay", "0.5"]),
+    ("model", [], ["--lr_warmup", "3"]),
+    ("model", [], ["--lr_decay", "0.5"]),
+    ("model", [], ["--adam_beta2", "0.9"]),
+    ("model", [], ["--dropout", "0.1"]),
+    ("model", [], ["--no-class_conditional"]),
+    ("model", [], ["--class_dropout", "0.5"]),
+    ("model", [], ["--loss_weight", "min_snr"]),
+    ("model", [], ["--time_sampling", "stratified"]),
+    ("ema", [], ["--ema_decay", "0.2"]),
     ("model", [], ["--seed", "1"]),
     ("model", [], ["--batch_size", "20"]),
     ("model", [], ["--val_size", "30"]),
@@ -414,6 +426,7 @@ SHAPING = [
     ("model", [], ["--unet_dim_mults", "1", "1"]),
     ("model", [], ["--time_steps", "40"]),
     ("model", [], ["--prediction", "noise"]),
+    ("model", [], ["--prediction", "x0"]),
     ("model", [], LINEAR),
     ("model", LINEAR, ["--beta_start", "1e-3"]),
     ("model", LINEAR, ["--beta_end", "0.01"]),

@@ -1,0 +1,246 @@
+"""Class labels: what the network is told and when not, guidance, and `sample.py --class`."""
+
+import pytest
+import torch
+from conftest import arguments, read_png
+from torch import Tensor, nn
+
+import sample
+import train
+from src import checkpoint, pipeline
+from src.diffusion import Diffusion
+from src.model import UNet
+from src.samplers import SAMPLERS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def unet() -> UNet:
+    """Random weights, three classes told apart."""
+    torch.manual_seed(0)
+    unet = UNet(image_size=8, dim=8, dim_mults=(1, 2), num_classes=3).eval().requires_grad_(False)
+    nn.init.normal_(unet.conv_out.weight, std=0.1)
+    nn.init.normal_(unet.label.weight[:3])
+    return unet
+
+
+def x_t(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# ---- the network -------------------------------------------------------------------------------------------
+
+
+def test_a_class_changes_the_prediction_and_no_class_is_the_same_as_none(unet):
+    x, t = x_t(1), torch.tensor([500])
+    outputs = [unet(x, t, torch.tensor([y])) for y in range(4)]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+    assert torch.equal(outputs[unet.no_class], unet(x, t))
+
+
+def test_each_image_is_told_its_own_class(unet):
+    x, t, y = x_t(3), torch.tensor([500]), torch.tensor([2, 0, 3])
+    together = unet(x, t, y)
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], unet(x[i : i + 1], t, y[i : i + 1]))
+
+
+def test_a_fresh_network_begins_as_the_plain_one():
+    """Same weights but for the labels', same output for every class."""
+    torch.manual_seed(0)
+    told = UNet(image_size=8, dim=8, dim_mults=(1, 2), num_classes=3)
+    plain = UNet(image_size=8, dim=8, dim_mults=(1, 2))
+    plain.load_state_dict({k: v for k, v in told.state_dict().items() if not k.startswith("label")})
+    for net in (told, plain):
+        nn.init.constant_(net.conv_out.weight, 0.1)
+    for y in range(4):
+        assert torch.equal(told(x_t(1), torch.tensor([3]), torch.tensor([y])), plain(x_t(1), torch.tensor([3])))
+
+
+def test_no_class_stays_0_however_long_it_is_trained(unet):
+    unet.requires_grad_(True)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=0.1)
+    before = unet.label.weight.clone()
+    for _ in range(3):
+        unet(x_t(4), torch.tensor([500]), torch.tensor([0, 1, 3, 3])).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(unet.label.weight[3], torch.zeros(32))
+    assert all(not torch.equal(unet.label.weight[y], before[y]) for y in (0, 1))
+    assert torch.equal(unet.label.weight[2], before[2])  # nobody spoke of class 2
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def told(monkeypatch, quick, *flags: object) -> Tensor:
+    """The labels that the network got in a run of one epoch."""
+    seen = []
+    forward = UNet.forward
+
+    def spy(self: UNet, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if self.training and y is not None:
+            seen.append(y)
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    quick("run", "--epochs", 10, *flags)
+    return torch.cat(seen) if seen else torch.empty(0)
+
+
+def test_a_share_of_the_labels_is_hidden_and_the_others_are_told(quick, monkeypatch):
+    right = []
+    train_step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0, y: right.append(y) or train_step(self, x0, y))
+    seen, right = told(monkeypatch, quick, "--class_dropout", 0.25), torch.cat(right)
+    hidden = seen == 10
+    assert 70 < hidden.sum() < 130  # of 400; 100 ± 8.7
+    assert torch.equal(seen[~hidden], right[~hidden])
+
+
+def test_dropout_0_hides_none_and_the_plain_model_is_told_none(quick, monkeypatch, saved):
+    assert (told(monkeypatch, quick, "--class_dropout", 0) < 10).all()
+    assert len(saved("run")["settings"]["classes"]) == 10
+    assert len(told(monkeypatch, quick, "--no-class_conditional", "--fresh", "--overwrite")) == 0
+    assert saved("run")["settings"]["classes"] == []
+    assert not any(name.startswith("label") for name in saved("run")["model"])
+
+
+# ---- guidance ----------------------------------------------------------------------------------------------
+
+
+def generator(unet: UNet, prediction: str, scale: float, *classes: int, sampler: str = "ddim") -> pipeline.Generator:
+    diffusion = Diffusion(50, "cosine", prediction=prediction)
+    return pipeline.Generator(unet, diffusion, sampler, steps=5, classes=classes, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_is_a_step_from_the_prediction_without_past_that_with_the_class(unet, scale):
+    x, t, y = x_t(3), torch.tensor([20]), torch.tensor([2, 0, 1])
+    with_class, without = unet(x, t, y), unet(x, t)
+    ours = generator(unet, "v", scale).network(y)(x, t)
+    torch.testing.assert_close(ours, (1 - scale) * without + scale * with_class, rtol=1e-4, atol=1e-5)
+
+
+def test_guiding_v_is_guiding_the_noise(unet):
+    """Ho & Salimans 2022 guide eps (eq. 6). v is linear in it, so both lead to the same x_0 (if none is clipped)."""
+    nn.init.normal_(unet.conv_out.weight, std=0.02)
+    x, t, y = 0.1 * x_t(2), torch.tensor([10]), torch.tensor([2, 0])
+    by_v = generator(unet, "v", 2.5)
+    noise = Diffusion(50, "cosine", prediction="noise")
+    signal, sigma = noise.signal_and_noise(t)
+
+    def eps(y: Tensor | None) -> Tensor:  # what a network of noise would say that agrees with ours
+        return sigma * x + signal * unet(x, t, y)
+
+    guided = eps(None) + 2.5 * (eps(y) - eps(None))
+    expected = noise.predict_x0(x, t, guided)
+    assert expected.abs().max() < 1
+    torch.testing.assert_close(by_v.diffusion.predict_x0(x, t, by_v.network(y)(x, t)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_0_ignores_the_class_and_1_is_the_class_alone(unet, sampler):
+    def images(scale: float, *classes: int) -> Tensor:
+        return torch.cat(list(generator(unet, "v", scale, *classes, sampler=sampler).generate(0, 4, 4)))
+
+    assert torch.equal(images(0, 1), images(1))
+    assert not torch.equal(images(1, 1), images(1))
+    assert not torch.equal(images(3, 1), images(1, 1))
+
+
+def test_images_are_of_the_classes_in_turn_whatever_the_batch(unet):
+    """Image i of classes (2, 0) is image i of class 2 alone where i is even, and of class 0 where it is odd."""
+    both, two, zero = (
+        torch.cat(list(generator(unet, "v", 2.0, *classes).generate(0, 5, 3))) for classes in ((2, 0), (2,), (0,))
+    )
+    for i in range(5):
+        difference = both[i].int() - (two, zero)[i % 2][i].int()
+        assert difference.abs().max() <= 1  # rounding, in batches of another make-up
+
+
+def test_an_interpolation_is_of_one_class(unet):
+    strip = generator(unet, "v", 1.0, 2).interpolate(0, 4, 2)
+    ends = torch.cat(list(generator(unet, "v", 1.0, 2).generate(0, 2, 2)))
+    assert (strip[[0, -1]].int() - ends.int()).abs().max() <= 1
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_file(unet, tmp_path):
+    """A checkpoint of `unet`, whose classes are called circle, square and star."""
+    settings = vars(arguments(train, "--image_size", 8, "--unet_dim", 8, "--unet_dim_mults", 1, 2, "--time_steps", 50))
+    settings["classes"] = ["circle", "square", "star"]
+    path = tmp_path / "model.pth"
+    checkpoint.save(path, {"settings": settings, "ema": unet.state_dict()})
+    return path
+
+
+@pytest.fixture
+def draw(model_file, tmp_path):
+    def run(*flags: object) -> list[str]:
+        directory = tmp_path / "out"
+        args = arguments(sample, "--checkpoint", model_file, "--output_dir", directory, "--steps", 3, *flags)
+        assert sample.main(args) == 0
+        return sorted(path.name for path in directory.iterdir())
+
+    return run
+
+
+def test_classes_go_by_name_and_by_number_and_stand_in_the_names_of_the_files(draw):
+    names = draw("--class", "star", "0", "--num_samples", 3)
+    assert names == ["grid.png", *(f"sample_0000{i}_{c}.png" for i, c in enumerate(["star", "circle"] * 2))]
+
+
+def test_all_makes_as_many_of_each_and_a_grid_with_a_named_row_for_each(draw, tmp_path):
+    names = draw("--class", "all", "--num_samples", 7)
+    assert [sum(c in name for name in names) for c in ("circle", "square", "star")] == [3, 3, 3]
+    grid = read_png(tmp_path / "out/grid.png")
+    tiles = grid[:, -3 * 10 :]  # three columns of 8 pixels and their gaps
+    for i, name in enumerate(n for n in names if n.startswith("sample")):
+        row, column = i % 3, i // 3
+        tile = tiles[10 * row + 1 : 10 * row + 9, 10 * column + 1 : 10 * column + 9]
+        assert (tile == read_png(tmp_path / "out" / name)).all()
+    for row in range(3):
+        assert grid[10 * row : 10 * row + 10, : -3 * 10].max() > 128  # something is written there
+
+
+def test_one_class_makes_a_square_grid(draw, tmp_path):
+    draw("--class", "square", "--num_samples", 9)
+    assert read_png(tmp_path / "out/grid.png").shape == (30, 30)
+
+
+def test_without_class_it_asks_for_none(draw, unet, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, y=None: seen.append(y) or torch.zeros_like(x))
+    draw("--num_samples", 2)
+    assert set(seen) == {None}
+
+
+def test_an_unknown_class_names_the_known_ones(model_file, tmp_path):
+    with pytest.raises(Exception, match=r"--class hat is unknown.*circle, square, star.*all"):
+        pipeline.pick_classes(["hat"], ["circle", "square", "star"])
+    with pytest.raises(Exception, match=r"--class 3 is unknown"):
+        pipeline.pick_classes(["3"], ["circle", "square", "star"])
+    with pytest.raises(Exception, match=r"trained with classes"):
+        pipeline.pick_classes(["all"], [])
+    assert pipeline.pick_classes([], []) == []
+    assert pipeline.pick_classes(["all"], ["a", "b"]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guidance_scale", "2"], "goes with --class"),
+        (["--class", "1", "--guidance_scale", "-1"], "GUIDANCE_SCALE is -1.0"),
+        (["--class", "1", "2", "--interpolate", "--sampler", "ddim"], "one --class"),
+        (["--class"], "expected at least one argument"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(sample, *flags)
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1) and words in error
