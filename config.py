@@ -22,6 +22,7 @@ LEARNING_RATE: float = 1e-3  # Adam's step size, at its highest
 LR_WARMUP: int = 0  # steps over which the learning rate rises to that
 LR_DECAY: float = 0.0  # last share of the steps, 0 to 1, over which it falls to 0: 1 = from the start, 0 = never
 ADAM_BETA2: float = 0.999  # weight of the past in Adam's average of squared gradients
+ACCUMULATE: int = 1  # parts in which a batch goes through the network, where all of it does not fit into memory
 EPOCHS: int = 200  # passes over the training images
 GRAD_CLIP: float = 1.0  # largest norm of the gradient
 EMA_DECAY: float = 0.995  # weight of the past in the moving average of the weights, updated every step
@@ -78,6 +79,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "CHANNELS": (lambda v: v == 1, "1: the data sets are grayscale"),
     "BATCH_SIZE": POSITIVE,
     "LEARNING_RATE": (lambda v: 0 < v <= 1, "above 0 and at most 1, such as 1e-3"),
+    "ACCUMULATE": POSITIVE,
     "LR_WARMUP": (lambda v: v >= 0, "0 or more steps"),
     "LR_DECAY": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "ADAM_BETA2": (lambda v: 0 <= v < 1, "at least 0 and below 1, such as 0.999"),
@@ -128,6 +130,11 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
         lambda schedule, *ends: schedule == "linear" or ends == (BETA_START, BETA_END),
         "BETA_START and BETA_END are for SCHEDULE_TYPE linear only",
     ),
+    (
+        ("BATCH_SIZE", "ACCUMULATE"),
+        lambda batch, parts: batch % parts == 0,
+        "BATCH_SIZE must be a multiple of ACCUMULATE",
+    ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
     (
         ("CLASSES", "GUIDANCE_SCALE"),
@@ -138,8 +145,8 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
 
 # Settings that a resumed run may change; every other one must stay, for it shapes the weights.
 FREE_ON_RESUME = {
-    "EPOCHS", "DEVICE", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY", "NUM_SAMPLES", "SAMPLER", "STEPS",
-    "ETA", "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
+    "EPOCHS", "ACCUMULATE", "DEVICE", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY", "NUM_SAMPLES",
+    "SAMPLER", "STEPS", "ETA", "DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH",
 }  # fmt: skip
 # These shape them, and may change all the same, but not unseen.
 NOTED_ON_RESUME = {"LEARNING_RATE", "LR_WARMUP", "LR_DECAY", "GRAD_CLIP", "COMPILE"}

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from src import pipeline, utils
+from src.distributed import World
 
 log = logging.getLogger("sample")
 
@@ -50,33 +51,35 @@ def write_samples(
 ) -> None:
     """Write NUM_SAMPLES images as they come, the first of them as a grid, and on request how those emerged.
 
-    `names` are those of the generator's classes.
+    `names` are those of the generator's classes. Of several processes each writes some of the images.
     """
-    rows = len(names) > 1  # of the grid, one a class
+    rows, world = len(names) > 1, generator.world  # a row of the grid for each class
     most = len(names) * utils.CLASS_COLUMNS if rows else utils.GRID_IMAGES
     shown = torch.empty(0, *generator.shape, dtype=torch.uint8)  # the images of the grid; all others are let go
+    animated = min(args.num_samples, args.batch_size, utils.GRID_IMAGES)
     frames: list[Tensor] = []  # of the first batch, as grids
     number, step = itertools.count(), itertools.count(1)  # the bar does not count where it is not shown
     with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="sampling") as bar:
 
         def on_step(x_t: Tensor) -> None:
-            bar.update(len(x_t) / generator.steps)
+            bar.update(len(x_t) * world.size / generator.steps)
             if args.gif and not len(shown) and next(step) % -(-generator.steps // GIF_FRAMES) == 0:
-                frames.append(utils.image_grid(utils.to_uint8(x_t[: utils.GRID_IMAGES])))
+                frames.append(utils.image_grid(utils.to_uint8(world.gather(x_t)[:animated])))
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
             for image, i in zip(batch, number, strict=False):  # in this order, or a number would be lost
                 name = f"_{names[i % len(names)]}" if names else ""
-                utils.save_png(image, directory / f"sample_{i:05d}{name}.png")
+                if i % world.size == world.rank:
+                    utils.save_png(image, directory / f"sample_{i:05d}{name}.png")
             shown = torch.cat([shown, batch])[:most]
-    utils.save_png(utils.class_grid(shown, names) if rows else utils.image_grid(shown), directory / "grid.png")
-    if args.gif:
-        frames.append(utils.image_grid(shown[: args.batch_size]))
-        utils.save_gif(frames, directory / "denoising.gif")
+    if world.is_main:
+        utils.save_png(utils.class_grid(shown, names) if rows else utils.image_grid(shown), directory / "grid.png")
+    if args.gif and world.is_main:
+        utils.save_gif([*frames, utils.image_grid(shown[:animated])], directory / "denoising.gif")
 
 
-def main(args: argparse.Namespace) -> int:
-    device = utils.pick_device(args.device)
+def sample(args: argparse.Namespace, world: World) -> int:
+    device = world.device
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device, use_ema=not args.raw_weights)
     classes = pipeline.pick_classes(args.classes, settings["classes"])
     names = [settings["classes"][label] for label in classes]
@@ -84,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         args.num_samples += -args.num_samples % len(classes)  # as many of each
     precision = utils.pick_precision(args.precision, device)
     generator = pipeline.Generator(
-        unet, diffusion, args.sampler, args.steps, args.eta, precision, classes, args.guidance_scale
+        unet, diffusion, args.sampler, args.steps, args.eta, precision, world, classes, args.guidance_scale
     )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
     where, of = utils.describe_device(device, precision), f" of {', '.join(names)}" if names else ""
@@ -92,13 +95,18 @@ def main(args: argparse.Namespace) -> int:
     log.info("%s on %s: %d images%s, %s, %d steps", args.checkpoint, where, *how)
 
     write_samples(generator, args, directory, names)
-    if args.interpolate:
+    if args.interpolate and world.is_main:
         strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
         utils.save_png(utils.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
 
     extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
     log.info("wrote grid.png, %d images%s to %s", args.num_samples, extras, directory)
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    with World(utils.pick_device(args.device)) as world:
+        return sample(args, world)
 
 
 if __name__ == "__main__":

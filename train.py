@@ -6,10 +6,10 @@ import config
 from src import errors
 
 SETTINGS = """
-    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 EPOCHS GRAD_CLIP
-    EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS CLASS_CONDITIONAL CLASS_DROPOUT TIME_STEPS
-    SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA SAVE_EVERY
-    SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 ACCUMULATE
+    EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS CLASS_CONDITIONAL CLASS_DROPOUT
+    TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA
+    SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
 """.split()
 
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import logging
 import math
 import time
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,48 +39,42 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src import checkpoint, dataset, lock, pipeline, utils
-from src.diffusion import draw_times
-from src.ema import EMA
+from src.distributed import World
 from src.interrupt import Interrupted, StopSignals
-from src.monitor import Monitor, describe
-from src.optimizer import adam, learning_rate
+from src.learner import Learner, learning_rate
+from src.monitor import Monitor, Silence, describe
 
 log = logging.getLogger("train")
 
 
 class Trainer:
-    """One run: the network and its average, the optimiser, the data, and how far it has come."""
+    """One run: what learns, from which data, and how far it has come."""
 
-    PROGRESS = ("epoch", "batch", "step", "loss_sum", "best", "history")
+    PROGRESS = ("epoch", "batch", "loss_sum", "best", "history")
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = utils.pick_device(args.device)
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        self.args, self.world, self.device = args, world, world.device
+        if args.batch_size % (world.size * args.accumulate):
+            raise errors.SettingError(
+                f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {world.size * args.accumulate}, for each "
+                f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
+            )
         self.precision = utils.pick_precision(args.precision, self.device)
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
         images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size)
-        count = len(images) - args.val_size
-        self.batches_per_epoch = count // args.batch_size
-        if self.batches_per_epoch < 1:
-            raise errors.SettingError(
-                f"{args.dataset} has {len(images)} training images: too few for --val_size {args.val_size} and "
-                f"--batch_size {args.batch_size}; reduce one of them"
-            )
-        self.steps = args.epochs * self.batches_per_epoch  # of the whole run
+        count = dataset.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
+        self.batches_per_epoch = count // args.batch_size
+        self.steps = args.epochs * self.batches_per_epoch  # of the whole run
 
         self.settings = {name: value for name, value in vars(args).items() if name.upper() in SETTINGS}
         self.settings["classes"] = list(dataset.DATASETS[args.dataset].classes) if args.class_conditional else []
-        self.model, self.diffusion = pipeline.build(self.settings, self.device)
-        self.ema = EMA(self.model, args.ema_decay)
-        if args.compile:
-            self.model.compile()  # in place: its state_dict stays that of the plain network
-        self.optimizer = adam(self.model, args.adam_beta2)
+        model, self.diffusion = pipeline.build(self.settings, self.device)
+        self.learner = Learner(model, self.diffusion, world, self.precision, self.settings)
 
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done of the next epoch
-        self.step = 0  # optimiser steps in all
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
         self.best = math.inf  # lowest validation loss
         self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses, one a finished epoch
@@ -90,10 +84,7 @@ class Trainer:
         """Everything that the rest of the run depends on, and the settings that rebuild the network."""
         return {
             "settings": {name: value for name, value in self.settings.items() if "path" not in name},
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": utils.rng_state(self.device),
+            **self.learner.state(),
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
 
@@ -112,63 +103,34 @@ class Trainer:
         for change in noted:
             log.warning("from here on, %s", change)
         try:
-            self.model.load_state_dict(state["model"])
-            self.ema.model.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            utils.set_rng_state(state["rng"], self.device)
+            self.learner.load(state)
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise checkpoint.other_version(path) from error
         self.loss_sum = self.loss_sum.to(self.device)
-        log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.step)
+        log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.learner.steps)
 
     def save(self, name: str) -> Path:
         path = Path(self.args.checkpoint_path) / name
-        checkpoint.save(path, self.state())
+        if self.world.is_main:
+            checkpoint.save(path, self.state())
         if name == "latest.pth":
             self.save_due = time.monotonic() + 60 * self.args.save_minutes
         return path
 
-    def train_step(self, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of Ho et al.'s Algorithm 1 on images x0 (B,C,H,W) of classes y (B,); its loss and gradient norm."""
-        args = self.args
-        t = draw_times(len(x0), args.time_steps, args.time_sampling, self.device)  # (B,)
-        eps = torch.randn_like(x0)  # (B, C, H, W)
-        network = self.model
-        if args.class_conditional:  # but hide some of the classes (Ho & Salimans 2022, Algorithm 1)
-            hidden = torch.rand(len(y), device=self.device) < args.class_dropout  # (B,)
-            network = partial(self.model, y=y.masked_fill(hidden, self.model.no_class))
-        with utils.autocast(self.device, self.precision):
-            loss = self.diffusion.loss(network, x0, t, eps)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
-        if not norm.isfinite():  # clipping has spread it to every gradient: the step would ruin the weights
-            raise errors.UserError(
-                f"training diverged: the gradient of step {self.step + 1} is {norm.item()}; nothing was saved since "
-                f"latest.pth. Reduce --learning_rate (now {args.learning_rate:g})"
-            )
-        lr = learning_rate(self.step + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.step += 1
-        self.ema.update(self.model, self.step)
-        return loss.detach(), norm
-
     def train_epoch(self, monitor: Monitor, signals: StopSignals) -> None:
         """The batches that the epoch still lacks. On a signal raises Interrupted after a step, the state whole."""
-        args = self.args
-        monitor.start_epoch(self.epoch + 1, args.epochs, self.step)
-        batches = dataset.batches(
-            self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, skip=self.batch
-        )
-        for x0, y in batches:
-            loss, norm = self.train_step(x0, y)
+        args, learner, share = self.args, self.learner, self.world.share(self.args.batch_size)
+        monitor.start_epoch(self.epoch + 1, args.epochs, learner.steps)
+        for x0, y in dataset.batches(
+            self.images, self.labels, args.batch_size, args.seed, self.epoch, self.device, self.batch, share
+        ):
+            lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
+            loss, norm = learner.step(x0, y, lr)
             self.batch += 1
             self.loss_sum += loss
-            monitor.count_step(self.step, loss, norm, self.optimizer.param_groups[0]["lr"])
+            monitor.count_step(learner.steps, loss, norm, lr)
             signals.check()
             if time.monotonic() >= self.save_due and self.batch < self.batches_per_epoch:  # else finish_epoch saves
                 monitor.flush()
@@ -187,15 +149,17 @@ class Trainer:
         self.loss_sum.zero_()
         improved = val_loss < self.best
         self.best = val_loss if improved else self.best
-        monitor.show_validation(self.step, val_loss, samples)  # before saving: what a checkpoint counts is on disk
+        monitor.show_validation(
+            self.learner.steps, val_loss, samples
+        )  # before saving: what a checkpoint counts is on disk
         if improved:
             self.save("best.pth")
         if last:
             self.save("final.pth")
-        # Pictures come before latest.pth, for what that counts is never drawn again.
-        utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))
-        if samples is not None:
-            utils.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
+        if self.world.is_main:  # pictures come before latest.pth, for what that counts is never drawn again
+            utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))
+            if samples is not None:
+                utils.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.save_due:
             self.save("latest.pth")  # with every best.pth, too: a resumed run must know what it has to beat
         losses = self.history["train"][-1], val_loss
@@ -205,23 +169,26 @@ class Trainer:
         """The loss of the averaged weights on the held-out images, with the same t and eps every time."""
         args, look = self.args, signals.check
         return pipeline.validation_loss(
-            self.ema.model, self.diffusion, self.held_out, args.seed, args.batch_size, look
+            self.learner.ema.model, self.diffusion, self.held_out, args.seed, args.batch_size, look, self.world
         )
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
-        model, args = self.ema.model, self.args
-        generator = pipeline.Generator(model, self.diffusion, args.sampler, args.steps, args.eta, self.precision)
+        args = self.args
+        generator = pipeline.Generator(
+            self.learner.ema.model, self.diffusion, args.sampler, args.steps, args.eta, self.precision, self.world
+        )
         batches = generator.generate(args.seed, args.num_samples, args.batch_size, lambda x_t: signals.check())
         return utils.image_grid(torch.cat(list(batches)))
 
     def run(self) -> int:
         """Train to the last epoch, or until a signal; returns the exit status."""
         args, directory = self.args, Path(self.args.log_path) / "tensorboard"
+        progress = self.learner.steps, self.steps, args.batch_size, args.log_every
         with (
-            Monitor(directory, self.step, self.steps, args.batch_size, args.log_every) as monitor,
+            Monitor(directory, *progress) if self.world.is_main else Silence() as monitor,
             logging_redirect_tqdm(),
-            StopSignals() as signals,
+            StopSignals(self.world.maximum) as signals,
         ):
             try:
                 while self.epoch < args.epochs:
@@ -229,7 +196,8 @@ class Trainer:
                     self.finish_epoch(monitor, signals)
             except Interrupted as stop:
                 latest = self.save("latest.pth")
-                log.warning("%s: saved step %d in %s; the same command goes on from there", stop, self.step, latest)
+                step = self.learner.steps
+                log.warning("%s: saved step %d in %s; the same command goes on from there", stop, step, latest)
                 return 128 + stop.number
             except OSError:  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")
@@ -239,15 +207,17 @@ class Trainer:
 
 
 def main(args: argparse.Namespace) -> int:
-    utils.make_directories({name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")})
-    with lock.hold(Path(args.checkpoint_path)):
-        trainer = Trainer(args)
-        earlier = checkpoint.of_run(Path(args.checkpoint_path))
-        if args.fresh:  # only now: a run that cannot start must not cost the old one
-            checkpoint.clear(earlier, args.overwrite)
-        elif earlier:
+    places = ("checkpoint_path", "output_path", "log_path")
+    directory, *_ = utils.make_directories({name: getattr(args, name) for name in places})
+    with World(utils.pick_device(args.device)) as world, lock.hold(directory) if world.is_main else nullcontext():
+        trainer = Trainer(args, world)
+        earlier = checkpoint.of_run(directory)
+        world.wait()  # all have looked: now the files may change
+        if not args.fresh and earlier:
             trainer.resume(earlier[0])
-        log.info(describe(args, trainer.model, trainer.device, trainer.precision, len(trainer.images)))
+        elif world.is_main:  # only now: a run that cannot start must not cost the old one
+            checkpoint.clear(earlier, args.overwrite)
+        log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
         if trainer.epoch >= args.epochs:
             log.info("nothing to do: %d epochs are done; raise --epochs, or start anew with --fresh", trainer.epoch)
             return 0

@@ -99,14 +99,35 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def training_count(count: int, val_size: int, batch_size: int) -> int:
+    """How many of `count` images are left to train on when the last `val_size` are held out.
+
+    Raises `SettingError` if they are less than one batch.
+    """
+    if count - val_size < batch_size:
+        raise SettingError(
+            f"there are {count} training images: too few for --val_size {val_size} and --batch_size {batch_size}; "
+            "reduce one of them"
+        )
+    return count - val_size
+
+
 def batches(
-    images: Tensor, labels: Tensor, batch_size: int, seed: int, epoch: int, device: torch.device, skip: int = 0
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+    skip: int = 0,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch as pairs x0 (B, 1, H, W) float32 in [-1, 1] and y (B,) int64, both on `device`.
 
     The order is a function of (seed, epoch) alone, both ≥ 0; the global random state is neither read nor
     changed. An incomplete last batch is dropped. So are the first `skip`: a run stopped within an epoch goes
-    on with exactly those it had not seen. Raises `UserError` if one batch needs more images than there are.
+    on with exactly those it had not seen. Of each batch `part` is handed out, where others take the rest.
+    Raises `UserError` if one batch needs more images than there are.
     """
     if batch_size > len(images):
         raise SettingError(f"BATCH_SIZE is {batch_size}, but there are only {len(images)} images: lower it")
@@ -114,7 +135,7 @@ def batches(
     mixed = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).item()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mixed))
     for i in range(skip, len(images) // batch_size):
-        chosen = order[i * batch_size : (i + 1) * batch_size]  # (B,)
+        chosen = order[i * batch_size : (i + 1) * batch_size][part]  # (B,)
         # Moved as bytes: a quarter of what the floats would be.
         yield normalise(images[chosen].to(device)), labels[chosen].to(device)
 

@@ -1,6 +1,7 @@
 """What goes wrong in a way the user can mend, and how the scripts say so."""
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -50,6 +51,8 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         status = main()
     except UserError as error:
         message, status = str(error), error.status
+        if status == 2 and os.environ.get("RANK", "0") != "0":  # torchrun's other processes: all found the same
+            sys.exit(status)
     except OSError as error:
         message, status = f"{error}; free space or choose another place", 1
     except ModuleNotFoundError as error:
@@ -57,9 +60,13 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        status = 1
+        if _lacks_memory(error):
+            message = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})"
+        elif _lost_a_process(error):
+            message = f"another process of this run has gone: its own message says why ({_first_line(error)})"
+        else:
             raise
-        message, status = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})", 1
     else:
         sys.exit(status)
     print(f"{script}: error: {message}", file=sys.stderr)
@@ -77,6 +84,11 @@ def _lacks_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def _lost_a_process(error: Exception) -> bool:
+    """What gloo and NCCL say when nobody answers any more."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
 def _first_line(error: Exception) -> str:

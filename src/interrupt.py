@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP as a question that the program asks when it is ready for the answer."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
@@ -16,10 +17,16 @@ class StopSignals:
     """While active, the first SIGINT, SIGTERM or SIGHUP is only noted; a second one acts as if this class were absent.
 
     `check()` raises `Interrupted` once a signal has been noted: call it where the program's state is whole.
+
+    Args:
+        agree: makes of the number noted here, or 0, that of all processes which have to stop together.
     """
 
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
+        self.agree = agree
+
     def __enter__(self) -> "StopSignals":
-        self.number: int | None = None
+        self.number = 0
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
             numbers.append(signal.SIGHUP)
@@ -31,8 +38,8 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come since the block was entered."""
-        if self.number is not None:
-            raise Interrupted(self.number)
+        if number := self.agree(self.number):
+            raise Interrupted(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

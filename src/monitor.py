@@ -3,6 +3,7 @@
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -10,22 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from src.distributed import World  # who trains together
 from src.utils import describe_device, progress  # how a device is named, and when a bar is shown
 
 log = logging.getLogger(__name__)
 
 
-def describe(
-    args: argparse.Namespace, model: nn.Module, device: torch.device, precision: torch.dtype, images: int
-) -> str:
+def describe(args: argparse.Namespace, model: nn.Module, world: World, precision: torch.dtype, images: int) -> str:
     """A training in a few lines: where and in which precision, of what, on how many images, and with which results."""
+    processes = f", {world.size} processes" if world.size > 1 else ""
     parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"device   {describe_device(device, precision)}\n"
+        f"device   {describe_device(world.device, precision)}{processes}\n"
         f"network  U-Net, {parameters:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
         f"data     {args.dataset}: {images:,} images to train on, {args.val_size:,} held out\n"
         f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
     )
+
+
+class Silence:
+    """What a process has in place of a `Monitor` when another one does the showing: it takes every call mutely."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None
 
 
 class Monitor:

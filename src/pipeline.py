@@ -13,6 +13,7 @@ from torch import Tensor
 from src import checkpoint
 from src.dataset import normalise
 from src.diffusion import Diffusion, Network
+from src.distributed import World
 from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
@@ -85,22 +86,32 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
 
 @torch.inference_mode()
 def validation_loss(
-    unet: UNet, diffusion: Diffusion, images: Tensor, seed: int, batch_size: int, on_batch: Callable[[], None]
+    unet: UNet,
+    diffusion: Diffusion,
+    images: Tensor,
+    seed: int,
+    batch_size: int,
+    on_batch: Callable[[], None],
+    world: World,
 ) -> float:
     """The loss on images (N,C,H,W) uint8 with fixed eps and t, which are spread evenly over all timesteps.
 
+    Each process takes its share of every batch, and all get the same result.
+
     The network is not told their classes, so the loss compares with that of a network that knows of none.
     """
-    total, n, device = 0.0, len(images), next(unet.parameters()).device
+    n, device = len(images), next(unet.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    mine = slice(world.rank, None, world.size)  # of a batch; it may be empty
     generator = torch.Generator().manual_seed(seed)
     for first in range(0, n, batch_size):
         x0 = normalise(images[first : first + batch_size])
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
-        loss = diffusion.loss(unet, *(z.to(device) for z in (x0, t, eps)))
-        total += loss.item() * len(x0)
+        if len(t[mine]):
+            total += diffusion.loss(unet, *(z[mine].to(device) for z in (x0, t, eps))) * len(t[mine])
         on_batch()
-    return total / n
+    return (world.mean(total) * world.size / n).item()
 
 
 class Generator:
@@ -112,6 +123,7 @@ class Generator:
         steps: network evaluations an image; 0 means DEFAULT_STEPS, or all timesteps if those are fewer.
         eta: DDIM's share of fresh noise, 0 to 1; the other samplers have none to set.
         precision: of the network's arithmetic; the sampler's own stays float32.
+        world: the processes among which every batch is divided; each gets all images in the end.
         classes: the labels of the classes to ask for in turn; none, for images of any.
         guidance_scale: how far to go from the prediction without a class, 0, past the one with it, 1.
 
@@ -127,6 +139,7 @@ class Generator:
         steps: int = 0,
         eta: float = 0.0,
         precision: torch.dtype = torch.float32,
+        world: World | None = None,
         classes: Sequence[int] = (),
         guidance_scale: float = 1.0,
     ) -> None:
@@ -134,6 +147,7 @@ class Generator:
         self.classes, self.guidance_scale = classes, guidance_scale
         self.shape = (unet.channels, unet.image_size, unet.image_size)
         self.device = next(unet.parameters()).device
+        self.world = world or World(self.device)
         self.sampler = sampler
         self.steps = steps or min(DEFAULT_STEPS[sampler], diffusion.time_steps)
         self.options = {"eta": eta} if sampler == "ddim" else {}
@@ -150,8 +164,9 @@ class Generator:
         """
         for first in range(0, count, batch_size):
             indices = range(first, min(first + batch_size, count))
-            draw = ImageNoise(seed, indices, self.shape, self.device)
-            yield self._follow(draw(), draw, self.labels(indices), on_step)
+            mine = self.world.equal_share(indices)
+            draw = ImageNoise(seed, mine, self.shape, self.device)
+            yield self.world.gather(self._follow(draw(), draw, self.labels(mine), on_step))[: len(indices)]
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """The classes (B,) that the images of these indices are asked to be of: each in turn; None without classes."""

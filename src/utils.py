@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,15 @@ CLASS_COLUMNS = 10  # most images of a class that a grid by class shows
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is any, else the CPU; other names are torch's, as "cpu" or "cuda:1".
 
+    Of several processes on a machine, each takes a CUDA device of its own for "auto" and for "cuda".
+
     Raises:
         SettingError: CUDA is asked for and this machine, or this build of torch, has none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")

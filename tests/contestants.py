@@ -17,6 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 import config
 import train
 from src import dataset, inception, utils
+from src.distributed import World
 
 log = logging.getLogger("benchmark")
 
@@ -59,7 +60,7 @@ def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
     vars(args).update(changes)
     data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
     with mock.patch("src.dataset.load", return_value=data):
-        return train.Trainer(args)
+        return train.Trainer(args, World(utils.pick_device(args.device)))
 
 
 @cache
@@ -80,12 +81,13 @@ def ours(name: str, run: train.Trainer) -> Contestant:
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         with utils.autocast(run.device, run.precision):
-            return run.model(x_t, t)
+            return run.learner.model(x_t, t)
 
     def train_step(x0: Tensor) -> object:
-        return run.train_step(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))  # any class will do
+        y = torch.zeros(len(x0), dtype=torch.long, device=x0.device)  # any class will do
+        return run.learner.step(x0, y, run.args.learning_rate)
 
-    return Contestant(name, run.model, train_step, predict, run.precision)
+    return Contestant(name, run.learner.model, train_step, predict, run.precision)
 
 
 def denoising_diffusion_pytorch(device: torch.device) -> Contestant:

@@ -15,6 +15,7 @@ import eval as evaluate
 import sample
 import train
 from src import checkpoint, errors
+from src.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,7 +122,7 @@ def template(data, tmp_path_factory) -> Path:
     (folder / "run").mkdir()
     flags = f"{GOOD['train.py']} --time_steps 40 --data_path {folder / 'data'} --checkpoint_path {folder / 'run'}"
     with torch.random.fork_rng():
-        trainer = train.Trainer(arguments(train, *flags.split()))
+        trainer = train.Trainer(arguments(train, *flags.split()), World(torch.device("cpu")))
     state = trainer.state()
     trainer.save("latest.pth")
     model = {"settings": state["settings"], "ema": state["ema"]}

@@ -49,7 +49,7 @@ def test_operations_are_counted_in_convolutions_and_attention():
 
 def test_compiling_is_asked_of_the_network_that_is_trained_and_not_of_the_count():
     run = contestants.trainer(64, **benchmark.QUICK.settings, compile=True)
-    assert run.model._compiled_call_impl is not None
+    assert run.learner.model._compiled_call_impl is not None
     assert contestants.ours("", run).gflop(torch.zeros(1, 1, 32, 32)) > 0
 
 

@@ -9,6 +9,7 @@ import sample
 import train
 from src import checkpoint, pipeline
 from src.diffusion import Diffusion
+from src.learner import Learner
 from src.model import UNet
 from src.samplers import SAMPLERS
 
@@ -90,8 +91,8 @@ def told(monkeypatch, quick, *flags: object) -> Tensor:
 
 def test_a_share_of_the_labels_is_hidden_and_the_others_are_told(quick, monkeypatch):
     right = []
-    train_step = train.Trainer.train_step
-    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0, y: right.append(y) or train_step(self, x0, y))
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, x0, y, lr: right.append(y) or step(self, x0, y, lr))
     seen, right = told(monkeypatch, quick, "--class_dropout", 0.25), torch.cat(right)
     hidden = seen == 10
     assert 70 < hidden.sum() < 130  # of 400; 100 ± 8.7

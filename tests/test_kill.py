@@ -176,7 +176,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 MOMENTS = {
     "resume": "resuming",
     "save": "saving",
-    "train_step": "in training steps",
+    "step": "in training steps",
     "validate": "validating",
     "sample_grid": "sampling",
     "plot_losses": "drawing",
@@ -193,7 +193,7 @@ def ask(process: subprocess.Popen[str], stack: Path) -> str:
     while stack.stat().st_size == 0:
         assert process.poll() is None, process.stdout.read()
     time.sleep(0.002)  # for the rest of the note
-    functions = re.findall(r"/(?:train|src/utils)\.py\", line \d+ in (\w+)", stack.read_text())
+    functions = re.findall(r"/(?:train|src/utils|src/learner)\.py\", line \d+ in (\w+)", stack.read_text())
     return next((moment for name, moment in MOMENTS.items() if name in functions), "starting")
 
 

@@ -23,8 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 import config
 import train
 from src import checkpoint, errors, lock, utils
+from src.distributed import World
 from src.ema import EMA
 from src.interrupt import StopSignals
+from src.learner import Learner
 
 STEPS = 4  # an epoch of `quick`: 40 images in batches of 10
 CHECKS = STEPS + 2 + 3  # how often an epoch asks whether to stop: steps, validation batches, sampling steps
@@ -94,8 +96,8 @@ def test_the_average_follows_its_recurrence_at_every_step(quick, saved, monkeypa
 
 def test_images_reach_the_network_normalised_once(quick, monkeypatch):
     seen = []
-    train_step = train.Trainer.train_step
-    monkeypatch.setattr(train.Trainer, "train_step", lambda self, x0, y: seen.append(x0) or train_step(self, x0, y))
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, x0, y, lr: seen.append(x0) or step(self, x0, y, lr))
     quick("run", "--epochs", 1)
     images = torch.cat(seen)
     assert (len(images), images.dtype) == (STEPS * 10, torch.float32)
@@ -112,15 +114,15 @@ def power_cut(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
 
     @contextmanager
     def cut(step: int) -> Iterator[None]:
-        train_step = train.Trainer.train_step
+        whole_step = Learner.step
 
-        def fatal_step(self: train.Trainer, x0: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            if self.step == step:
+        def fatal_step(self: Learner, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+            if self.steps == step:
                 raise RuntimeError("power cut")
-            return train_step(self, x0, y)
+            return whole_step(self, x0, y, learning_rate)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.Trainer, "train_step", fatal_step)
+            patch.setattr(Learner, "step", fatal_step)
             yield
 
     return cut
@@ -349,12 +351,12 @@ def test_a_stop_while_sampling_saves_the_raw_weights_and_no_picture(quick, saved
 
 
 def test_a_second_signal_quits_at_once_without_saving(quick, tmp_path, monkeypatch, capsys):
-    def impatient(self: train.Trainer, x0: Tensor, y: Tensor) -> None:
+    def impatient(self: Learner, x0: Tensor, y: Tensor, learning_rate: float) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the step went on")
 
-    monkeypatch.setattr(train.Trainer, "train_step", impatient)
+    monkeypatch.setattr(Learner, "step", impatient)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     try:
         with pytest.raises(SystemExit) as stop:
@@ -451,10 +453,12 @@ def test_the_same_seed_gives_the_same_run(quick, saved):
 )
 def test_a_flag_of_sampling_changes_the_pictures_of_training(flag, quick, data, tmp_path):
     base, changed = (
-        train.Trainer(quick_arguments(data, tmp_path, *flags)) for flags in (["--epochs", 1], ["--epochs", 1, *flag])
+        train.Trainer(quick_arguments(data, tmp_path, "--epochs", 1, *flags), World(torch.device("cpu")))
+        for flags in ([], flag)
     )
     for trainer in (base, changed):  # a network that predicts something, without having to train it
-        torch.nn.init.normal_(trainer.ema.model.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        weight = trainer.learner.ema.model.conv_out.weight
+        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
     with StopSignals() as signals:
         assert not differences(base.sample_grid(signals), base.sample_grid(signals))
         assert differences(base.sample_grid(signals), changed.sample_grid(signals))
@@ -602,7 +606,7 @@ def test_too_few_images_are_refused_with_the_numbers_to_change(failing):
 
 @pytest.mark.parametrize("path", ["checkpoint", "output", "log"])
 def test_a_place_that_cannot_be_written_is_refused_before_training(path, failing, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Trainer, "train_step", None)
+    monkeypatch.setattr(Learner, "step", None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / path).write_text("a file where the directory belongs")
     assert f"--{path}_path" in failing(2, "run")

@@ -1,0 +1,88 @@
+"""Several processes, one training: who this process is, its share of the work, and what all of them have to agree on.
+
+torchrun starts them and names them in the environment; torch.distributed carries what they say. Without torchrun
+there is one process, whose share is everything. Nothing else in this repository knows how many there are.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World:
+    """This process among all: number `rank` of `size`.
+
+    As a context, it connects the processes on entering and parts them on leaving.
+
+    Args:
+        device: where the tensors live that they exchange: NCCL carries CUDA's, gloo the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def __enter__(self) -> "World":
+        if self.size > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            logging.disable(logging.NOTSET if self.is_main else logging.WARNING)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.size > 1 and error is None:  # after an error the others may never answer
+            dist.destroy_process_group()
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` things, a multiple of `size`."""
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def equal_share(self, indices: Sequence[int]) -> list[int]:
+        """As `share`, of any number of indices: the last one is repeated until all processes have as many."""
+        part = -(-len(indices) // self.size)
+        return [indices[min(i, len(indices) - 1)] for i in range(self.rank * part, (self.rank + 1) * part)]
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The same network; if there are others, its gradients will be the mean over all processes."""
+        return DistributedDataParallel(network) if self.size > 1 else network
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        if self.size == 1:
+            return value
+        dist.all_reduce(value := value / self.size)
+        return value
+
+    def maximum(self, number: int) -> int:
+        """The largest of all processes' numbers: if one was told to stop, all are."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.maximum(0)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts (n, ...) of all processes, one after the other, on this process's device: (size · n, ...)."""
+        if self.size == 1:
+            return part
+        part = part.to(self.device).contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)

@@ -1,0 +1,173 @@
+"""Two gloo processes under torchrun: the same training and the same images as one, and what happens when one dies."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, SMALL, differences, read_samples
+
+from src import checkpoint
+from src.distributed import World
+
+# With 8 channels every group of a GroupNorm would hold one, and take its bias out again: the gradient of such a bias
+# is nothing but rounding, of which Adam makes whole steps.
+NETWORK = "--unet_dim 16 --unet_dim_mults 1 2 --time_steps 50".split()
+FLAGS = [*SMALL, *NETWORK, *"--ema_decay 0.9 --precision float32 --save_every 1 --log_every 1".split()]
+TOLERANCE = 2e-5  # of weights after 16 steps: sums are taken in another order, and Adam magnifies small gradients
+
+
+def torchrun(processes: int, script: str, *flags: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+@pytest.fixture
+def run(data, tmp_path) -> Callable[..., dict[str, Any]]:
+    """`run(name, processes, *flags)`: train.py in the folder `name`, to its end; its latest.pth."""
+
+    def run(name: str, processes: int, *flags: object) -> dict[str, Any]:
+        folder = tmp_path / name
+        if not folder.exists():
+            shutil.copytree(data, folder / "data/fashion-mnist")
+        command = torchrun(processes, "train.py", *FLAGS, *flags)
+        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("device ") <= 1  # one of them speaks
+        return checkpoint.load(folder / "checkpoints/latest.pth")
+
+    return run
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for part in ("model", "ema"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(torch.tensor(a["history"]["train"]), torch.tensor(b["history"]["train"]))
+    torch.testing.assert_close(torch.tensor(a["history"]["val"]), torch.tensor(b["history"]["val"]))
+    assert not differences(a["rng"], b["rng"])
+
+
+def test_two_processes_train_as_one(run):
+    one, two = run("one", 1, "--epochs", 1), run("two", 2, "--epochs", 1)
+    assert one["step"] == 8
+    assert_close(one, two)
+    assert differences(one["model"], two["model"])  # else they would not have been two
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit_and_as_one_and_as_two_again(run):
+    run("resumed", 2, "--epochs", 1)
+    assert not differences(run("resumed", 2, "--epochs", 2), run("two", 2, "--epochs", 2))
+    run("mixed", 2, "--epochs", 1)
+    run("mixed", 1, "--epochs", 2)
+    assert_close(run("mixed", 2, "--epochs", 3), run("one", 1, "--epochs", 3))
+
+
+def test_two_processes_draw_the_images_of_one(run, tmp_path):
+    """Five images in batches of three: shares that do not come out even."""
+    run("model", 1, "--epochs", 1)
+    common = ["--checkpoint", tmp_path / "model/checkpoints/best.pth", "--device", "cpu", "--precision", "float32"]
+    common += ["--num_samples", 5, "--batch_size", 3, "--steps", 4, "--class", "bag", "1", "--gif"]
+    for processes in (1, 2):
+        command = torchrun(processes, "sample.py", *common, "--output_dir", tmp_path / str(processes))
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert abs(read_samples(one) - read_samples(two)).max() <= 1  # rounding, in batches of another size
+
+
+@pytest.fixture
+def start(data, tmp_path) -> Callable[..., subprocess.Popen[str]]:
+    """`start(*flags)`: a long training of two processes, which has saved its first epoch."""
+    running = []
+
+    def start(*flags: object) -> subprocess.Popen[str]:
+        shutil.copytree(data, tmp_path / "data/fashion-mnist")
+        process = subprocess.Popen(
+            torchrun(2, "train.py", *FLAGS, "--epochs", 1000, *flags),
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        running.append(process)
+        until(lambda: (tmp_path / "checkpoints/latest.pth").exists())
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def workers(launcher: int) -> list[int]:
+    """The process numbers of a launcher's training processes."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes as Linux lists them")
+
+
+@needs_proc
+def test_one_that_dies_ends_the_run_with_a_message_and_a_good_checkpoint(start, run, tmp_path):
+    process = start()
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process of this run has gone" in output or "Signal 9 (SIGKILL)" in output
+    state = checkpoint.load(tmp_path / "checkpoints/latest.pth")
+    assert state["epoch"] >= 1
+
+
+@needs_proc
+def test_a_stopped_run_saves_once_the_same_step_of_all(start, tmp_path):
+    """The signal reaches only one of them; both stop after the same step, and one writes."""
+    process = start("--save_every", 1000)
+    os.kill(workers(process.pid)[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and output.count("SIGTERM: saved step") == 1
+    state = checkpoint.load(tmp_path / "checkpoints/latest.pth")
+    assert state["step"] == 8 * state["epoch"] + state["batch"]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path):
+    command = torchrun(2, "train.py", *FLAGS, "--data_path", data, "--batch_size", 25)
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: error: BATCH_SIZE is 25, and must be a multiple of 2") == 1
+
+
+def test_alone_everything_is_one_s_own_share():
+    with World(torch.device("cpu")) as world:
+        values = torch.arange(6.0)
+        assert world.is_main and world.share(6) == slice(0, 6)
+        assert world.equal_share(range(3)) == [0, 1, 2]
+        assert torch.equal(world.mean(values), values) and torch.equal(world.gather(values), values)
+        assert world.maximum(15) == 15
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 7), (4, 2), (1, 3)])
+def test_equal_shares_cover_everything_in_order_and_are_equal(monkeypatch, size, count):
+    shares = []
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        shares.append(World(torch.device("cpu")).equal_share(range(count)))
+    assert len({len(share) for share in shares}) == 1
+    assert [i for share in shares for i in share][:count] == list(range(count))

@@ -1,0 +1,108 @@
+"""The learning rate's corners and slopes; one step of training, whole, in parts, resumed, and gone wrong."""
+
+import copy
+
+import pytest
+import torch
+from conftest import differences
+
+from src.diffusion import Diffusion
+from src.distributed import World
+from src.errors import UserError
+from src.learner import Learner, learning_rate
+from src.model import UNet
+
+
+def rates(steps: int, warmup: int, decay: float) -> list[float]:
+    return [learning_rate(step, steps, 2.0, warmup, decay) for step in range(1, steps + 2)]
+
+
+def test_without_warmup_and_decay_it_is_constant():
+    assert rates(10, 0, 0.0) == [2.0] * 11
+
+
+def test_it_rises_in_equal_steps_and_reaches_its_peak_at_the_last_of_them():
+    assert rates(10, 4, 0.0) == pytest.approx([0.5, 1.0, 1.5] + [2.0] * 8)
+
+
+def test_it_falls_in_equal_steps_and_would_be_0_after_the_last():
+    assert rates(10, 0, 0.5) == pytest.approx([2.0] * 6 + [1.6, 1.2, 0.8, 0.4, 0.0])
+
+
+def test_decay_over_the_whole_training_is_a_straight_line():
+    assert rates(4, 0, 1.0) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_where_rise_and_fall_overlap_the_lower_counts():
+    assert rates(4, 4, 1.0) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+LABELS = torch.arange(8) % 3
+
+
+def learner(**changes: object) -> Learner:
+    settings = {
+        "batch_size": 8,
+        "ema_decay": 0.9,
+        "adam_beta2": 0.999,
+        "grad_clip": 1.0,
+        "class_dropout": 0.5,
+        "time_sampling": "uniform",
+        "accumulate": 1,
+        "compile": False,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = UNet(image_size=8, dim=16, dim_mults=(1, 2), num_classes=3)
+    return Learner(model, Diffusion(50, "cosine", prediction="v"), World(CPU), torch.float32, settings)
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_adam_remembers_squared_gradients_as_it_is_told(beta2):
+    """Its first steps are lr · m̂ / (√v̂ + 1e-8) (Kingma & Ba 2015, Algorithm 1), replayed from the gradients."""
+    ours = learner(adam_beta2=beta2)
+    weight = ours.model.conv_out.bias
+    expected, m, v = weight.detach().double().clone(), 0.0, 0.0
+    for n in range(1, 4):
+        ours.step(IMAGES, LABELS, 0.01 * n)
+        g = weight.grad.double()
+        m, v = 0.9 * m + 0.1 * g, beta2 * v + (1 - beta2) * g**2
+        expected -= 0.01 * n * (m / (1 - 0.9**n)) / ((v / (1 - beta2**n)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_is_the_batch(parts):
+    whole, divided = learner(), learner(accumulate=parts)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss, norm = whole.step(IMAGES, LABELS, 1e-3)
+        torch.manual_seed(seed)
+        part_loss, part_norm = divided.step(IMAGES, LABELS, 1e-3)
+        torch.testing.assert_close(part_loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part_norm, norm, rtol=1e-4, atol=1e-6)
+    for a, b in zip(whole.model.parameters(), divided.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)  # Adam magnifies the rounding of small gradients
+
+
+def test_a_step_from_a_saved_state_is_the_step_that_would_have_been():
+    ours = learner()
+    ours.step(IMAGES, LABELS, 1e-3)
+    saved = copy.deepcopy(ours.state())
+    ours.step(IMAGES, LABELS, 1e-3)
+    other = learner()
+    other.load(saved)
+    other.step(IMAGES, LABELS, 1e-3)
+    assert not differences(ours.state(), other.state())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    ours = learner()
+    before = copy.deepcopy({name: ours.state()[name] for name in ("model", "ema", "step")})
+    with pytest.raises(UserError, match="gradient of step 1 is nan"):
+        ours.step(IMAGES * float("nan"), LABELS, 1e-3)
+    assert not differences(before, {name: ours.state()[name] for name in before})
