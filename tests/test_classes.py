@@ -9,6 +9,7 @@ import sample
 import train
 from src import checkpoint, pipeline
 from src.diffusion import Diffusion
+from src.errors import SettingError
 from src.learner import Learner
 from src.model import UNet
 from src.samplers import SAMPLERS
@@ -220,28 +221,10 @@ def test_without_class_it_asks_for_none(draw, unet, tmp_path, monkeypatch):
     assert set(seen) == {None}
 
 
-def test_an_unknown_class_names_the_known_ones(model_file, tmp_path):
-    with pytest.raises(Exception, match=r"--class hat is unknown.*circle, square, star.*all"):
-        pipeline.pick_classes(["hat"], ["circle", "square", "star"])
-    with pytest.raises(Exception, match=r"--class 3 is unknown"):
-        pipeline.pick_classes(["3"], ["circle", "square", "star"])
-    with pytest.raises(Exception, match=r"trained with classes"):
+def test_classes_are_known_by_name_and_number():
+    known = ["circle", "square", "star"]
+    assert pipeline.pick_classes(["star", "0"], known) == [2, 0]
+    assert pipeline.pick_classes(["all"], known) == [0, 1, 2]
+    assert pipeline.pick_classes([], known) == pipeline.pick_classes([], []) == []
+    with pytest.raises(SettingError, match="this one was told none"):
         pipeline.pick_classes(["all"], [])
-    assert pipeline.pick_classes([], []) == []
-    assert pipeline.pick_classes(["all"], ["a", "b"]) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--guidance_scale", "2"], "goes with --class"),
-        (["--class", "1", "--guidance_scale", "-1"], "GUIDANCE_SCALE is -1.0"),
-        (["--class", "1", "2", "--interpolate", "--sampler", "ddim"], "one --class"),
-        (["--class"], "expected at least one argument"),
-    ],
-)
-def test_a_mistake_is_one_line_with_status_2(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        arguments(sample, *flags)
-    error = capsys.readouterr().err
-    assert (stop.value.code, error.count("\n")) == (2, 1) and words in error
