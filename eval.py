@@ -94,7 +94,7 @@ Scorer = metrics.Scores | classifier.ClassifierScores | neighbours.Neighbours
 def scorers(
     args: argparse.Namespace, settings: dict[str, Any], real: torch.Tensor, labels: torch.Tensor, about: dict[str, Any]
 ) -> list[Scorer]:
-    """All that is to see the generated images, `Neighbours` last; which networks they look through goes into `about`."""
+    """All that is to see the generated images, `Neighbours` last; the networks they look through go into `about`."""
     device, found = utils.pick_device(args.device), []
     if not args.classifier_only:
         extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)

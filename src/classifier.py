@@ -164,9 +164,9 @@ class ClassifierScores:
         """The scores of all images so far.
 
         Returns:
-            The scores of `metrics.Scores` under the names in NAMES, and its counts; `class_histogram`, how many images are
-            classified as each class, by its name; `class_accuracy`, the share of images that are classified as
-            asked, None where nothing was asked; `notes`.
+            The scores of `metrics.Scores` under the names in NAMES, and its counts; `class_histogram`, how many
+            images are classified as each class, by its name; `class_accuracy`, the share of images that are
+            classified as asked, None where nothing was asked; `notes`.
         """
         scores = self.scores.compute()
         found = torch.cat(self.scores.logits).argmax(1) if self.scores.logits else torch.empty(0, dtype=torch.long)

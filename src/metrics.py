@@ -101,7 +101,7 @@ class Scores:
     def _distances(self, real: Tensor, generated: Tensor) -> dict[str, Any]:
         n = min(len(real), len(generated))
         if n < 2:
-            notes = ["FID and KID are missing: they need two generated and two reference images at the least."]
+            notes = ["FID is missing, and KID: they need two generated and two reference images at the least."]
             return {"fid": None, "kid_mean": None, "kid_std": None, "notes": notes}
         mean, std = kernel_distance(real, generated, self.seed)
         notes = small_sample_notes(n, real.shape[1])

@@ -56,7 +56,7 @@ def _facts(scores: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str
         ),
         (
             "suspiciously near",
-            f"{scores['nearest_flagged']:.1%} of images, below {scores['nearest_threshold']:.2f} (1.0% of test images)",
+            f"{scores['nearest_flagged']:.1%} of images, below {scores['nearest_threshold']:.2f} (1% of test images)",
         ),
         ("generated", f"{made['images']:,} images, {made['sampler']}, {made['steps']} steps, seed {made['seed']}"),
         ("reference", f"{reference['images']:,} images, {reference['split']} split of {reference['dataset']}"),
