@@ -123,6 +123,7 @@ def collect(found: list[Scorer], about: dict[str, Any]) -> dict[str, Any]:
         notes += scores.pop("notes")
         results |= scores
     if "classifier" not in about:
+        results |= dict.fromkeys(classifier.SCORES)
         notes.append("There is no classifier: the data set has no classes to tell apart.")
     return results | {"notes": notes}
 

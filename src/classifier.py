@@ -40,6 +40,7 @@ NAMES = {
     "inception_score_mean": "classifier_score_mean",
     "inception_score_std": "classifier_score_std",
 }
+SCORES = (*NAMES.values(), "class_histogram", "class_accuracy")  # all that `ClassifierScores` gives
 
 
 class Classifier:
@@ -174,8 +175,7 @@ class ClassifierScores:
         asked = wanted != NOT_ASKED
         counts = found.bincount(minlength=len(self.classes)).tolist()
         return {
-            "num_images": scores["num_images"],
-            "num_reference_images": scores["num_reference_images"],
+            **{name: scores[name] for name in ("num_images", "num_reference_images")},
             **{new: scores[old] for old, new in NAMES.items()},
             "class_histogram": dict(zip(self.classes, counts, strict=True)),
             "class_accuracy": (found == wanted)[asked].float().mean().item() if asked.any() else None,

@@ -25,8 +25,8 @@ def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
         scores: by their names in metrics.json; those of a network that was not used are absent.
         about: the protocol, as metrics.json has it.
     """
-    columns = [("Inception", 1)] if "fid" in scores else []
-    columns += [("classifier", 2)] if "classifier_fd" in scores else []
+    columns = [("Inception", 1)] if "extractor" in about else []
+    columns += [("classifier", 2)] if "classifier" in about else []
     lines = [" " * 38 + "".join(f"{name:>20}" for name, _ in columns)] if columns else []
     for row in ROWS if columns else []:
         lines.append(f"  {row[0]:36}" + "".join(f"{_number(scores, row[i], row[3]):>20}" for _, i in columns))
@@ -45,9 +45,9 @@ def _number(scores: dict[str, Any], names: tuple[str, ...], form: str) -> str:
 def _facts(scores: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str]]:
     made, reference = about["generated"], about["reference"]
     facts = []
-    if "class_histogram" in scores:
+    if scores["class_histogram"] is not None:
         facts.append(("classes", ", ".join(f"{name} {n}" for name, n in scores["class_histogram"].items())))
-    if scores.get("class_accuracy") is not None:
+    if scores["class_accuracy"] is not None:
         facts.append(("classified as asked", f"{scores['class_accuracy']:.1%}"))
     facts += [
         (
