@@ -73,7 +73,11 @@ def protocol(
             "subsets": metrics.KID_SUBSETS,
             "subset_size": min(metrics.KID_SUBSET_SIZE, args.num_samples, reference_count),
         },
-        "precision_and_recall": {"k": metrics.MANIFOLD_K, "images_of_each": min(args.num_samples, reference_count)},
+        "precision_and_recall": {
+            "k": metrics.MANIFOLD_K,
+            "images": "the first of each, as many of either",
+            "images_of_each": min(args.num_samples, reference_count),
+        },
         "nearest": {
             "distance": "Euclidean, pixels in [0, 1]",
             "training_images": "all of the train split",
