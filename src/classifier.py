@@ -178,6 +178,6 @@ class ClassifierScores:
             **{name: scores[name] for name in ("num_images", "num_reference_images")},
             **{new: scores[old] for old, new in NAMES.items()},
             "class_histogram": dict(zip(self.classes, counts, strict=True)),
-            "class_accuracy": (found == wanted)[asked].float().mean().item() if asked.any() else None,
+            "class_accuracy": (found == wanted)[asked].double().mean().item() if asked.any() else None,
             "notes": [f"Through the classifier: {note}" for note in scores["notes"]],
         }

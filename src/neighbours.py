@@ -35,7 +35,7 @@ def _share_inside(queries: Tensor, points: Tensor, k: int) -> float:
     # The nearest of k + 1 is the point itself.
     radii = torch.cat([torch.cdist(rows, points).kthvalue(k + 1).values for rows in points.split(CHUNK)])
     inside = torch.cat([(torch.cdist(rows, points) <= radii).any(1) for rows in queries.split(CHUNK)])
-    return inside.float().mean().item()
+    return inside.double().mean().item()
 
 
 def nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class Neighbours:
             "nearest_median": distances.median().item() if known else None,
             "nearest_median_test": self.usual.median().item(),
             "nearest_threshold": threshold,
-            "nearest_flagged": (distances < threshold).float().mean().item() if known else None,
+            "nearest_flagged": (distances < threshold).double().mean().item() if known else None,
             "notes": [] if known else ["Distances to training images are missing: there are no images."],
         }
 
