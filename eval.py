@@ -17,6 +17,11 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="Inception-v3's weights (default: fetched once, then kept)",
     )
+    parser.add_argument(
+        "--classifier_only",
+        action="store_true",
+        help="leave Inception out: its weights are not needed, and most of the work is saved",
+    )
     return parser.parse_args()
 
 
@@ -35,7 +40,7 @@ from typing import Any
 
 import torch
 
-from src import dataset, inception, metrics, pipeline, utils
+from src import classifier, dataset, inception, metrics, neighbours, pipeline, report, utils
 
 log = logging.getLogger("eval")
 
@@ -46,9 +51,8 @@ def protocol(
     generator: pipeline.Generator,
     settings: dict[str, Any],
     reference_count: int,
-    extractor: Any,
 ) -> dict[str, Any]:
-    """All that somebody needs who wants to get the same numbers."""
+    """All that somebody needs who wants to get the same numbers, but for the networks that see the images."""
     return {
         "checkpoint": {
             "file": str(args.checkpoint),
@@ -65,7 +69,21 @@ def protocol(
             "precision": str(generator.precision).removeprefix("torch."),
         },
         "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count},
-        "extractor": {"network": extractor.name, "weights_sha256": extractor.sha256},
+        "kernel_distance": {
+            "subsets": metrics.KID_SUBSETS,
+            "subset_size": min(metrics.KID_SUBSET_SIZE, args.num_samples, reference_count),
+        },
+        "precision_and_recall": {
+            "k": metrics.MANIFOLD_K,
+            "images": "the first of each, as many of either",
+            "images_of_each": min(args.num_samples, reference_count),
+        },
+        "nearest": {
+            "distance": "Euclidean, pixels in [0, 1]",
+            "training_images": "all of the train split",
+            "test_images": min(neighbours.TEST_IMAGES, reference_count),
+            "flagged_below_quantile": neighbours.RARE,
+        },
         "device": utils.describe_device(generator.device, generator.precision),
         "versions": {
             "python": platform.python_version(),
@@ -74,29 +92,44 @@ def protocol(
     }
 
 
-def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
-    """The scores and how they were had, for people."""
-    inception_score = "unavailable"
-    if scores["inception_score_mean"] is not None:
-        inception_score = f"{scores['inception_score_mean']:.3f}"
-    if scores["inception_score_std"] is not None:
-        inception_score += f" ± {scores['inception_score_std']:.3f}"
-    made, reference = about["generated"], about["reference"]
-    rows = [
-        ("FID (lower is better)", "unavailable" if scores["fid"] is None else f"{scores['fid']:.2f}"),
-        ("Inception Score (higher)", inception_score),
-        (
-            "generated",
-            f"{made['images']:,} images, {made['sampler']}, {made['steps']} steps, seed {made['seed']}",
-        ),
-        (
-            "reference",
-            f"{reference['images']:,} images, {reference['split']} split of {reference['dataset']}",
-        ),
-        ("checkpoint", about["checkpoint"]["file"]),
-    ]
-    lines = [f"  {name:26}{value}" for name, value in rows]
-    return "\n".join(lines + [f"  note: {note}" for note in scores["notes"]])
+Scorer = metrics.Scores | classifier.ClassifierScores | neighbours.Neighbours
+
+
+def scorers(
+    args: argparse.Namespace, settings: dict[str, Any], real: torch.Tensor, labels: torch.Tensor, about: dict[str, Any]
+) -> list[Scorer]:
+    """All that is to see the generated images, `Neighbours` last; the networks they look through go into `about`."""
+    device, found = utils.pick_device(args.device), []
+    if not args.classifier_only:
+        extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
+        about["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
+        found.append(metrics.Scores(extractor, metrics.reference_features(real, extractor), args.seed))
+
+    training, wanted = dataset.load(settings["dataset"], args.data_path, "train", settings["image_size"])
+    classes = dataset.DATASETS[settings["dataset"]].classes
+    if len(classes) > 1:
+        network = classifier.trained(training, wanted, len(classes), device)
+        about["classifier"] = {
+            "network": network.name,
+            "weights_sha256": network.sha256,
+            "test_accuracy": network.accuracy(real, labels),
+        }
+        reference = metrics.reference_features(real, network)
+        found.append(classifier.ClassifierScores(network, reference, classes, args.seed))
+    return [*found, neighbours.Neighbours(training, real)]
+
+
+def collect(found: list[Scorer], about: dict[str, Any]) -> dict[str, Any]:
+    """The scores of all in one dictionary, and their notes in one list."""
+    results, notes = {}, []
+    for scorer in found:
+        scores = scorer.compute()
+        notes += scores.pop("notes")
+        results |= scores
+    if "classifier" not in about:
+        results |= dict.fromkeys(classifier.SCORES)
+        notes.append("There is no classifier: the data set has no classes to tell apart.")
+    return results | {"notes": notes}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -109,10 +142,9 @@ def main(args: argparse.Namespace) -> int:
     where = utils.describe_device(device, precision)
     log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
 
-    real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
-    extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
-    about = protocol(args, sha256, generator, settings, len(real), extractor)
-    scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)
+    real, labels = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
+    about = protocol(args, sha256, generator, settings, len(real))
+    found = scorers(args, settings, real, labels, about)
 
     shown, start = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter()
     with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
@@ -121,17 +153,19 @@ def main(args: argparse.Namespace) -> int:
             bar.update(len(x_t) / generator.steps)
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
-            scores.update(batch)
+            for scorer in found:
+                scorer.update(batch)
             shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]  # all others are let go
     seconds = time.perf_counter() - start
 
-    results = scores.compute()
+    results = collect(found, about)
     (directory / "metrics.json").write_text(
         json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
     )
     utils.save_png(utils.image_grid(shown), directory / "grid.png")
-    print(table(results, about))
-    log.info("wrote metrics.json and grid.png to %s", directory)
+    utils.save_png(found[-1].picture(), directory / "neighbours.png")
+    print(report.table(results, about))
+    log.info("wrote metrics.json, grid.png and neighbours.png to %s", directory)
     return 0
 
 

@@ -1,27 +1,31 @@
-"""Images → scores: the Fréchet Inception Distance and the Inception Score, in one pass through the network.
+"""Images → scores: how far generated images are from real ones, in the features that a network sees in them.
 
-The network's look at an image is what costs time. So it looks once, and what it saw goes to torchmetrics,
-which holds the formulae; a further metric (KID, precision and recall) is one more accumulator in `Scores` and
-one more function that reads it. The network is passed in; `Extractor` says what is asked of it.
+The network's look at an image is what costs time. So it looks once, and what it saw is kept (8 kB an image)
+until all scores are read off it. torchmetrics holds the formulae. The network is passed in; `Extractor` says
+what is asked of it, and both Inception and the project's own classifier give it.
 """
 
-import hashlib
 import logging
 import math
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from src import checkpoint  # the one place that writes state atomically and reads it checked
-from src.errors import UserError  # which checkpoint raises
+from src import cache  # features of the reference take minutes
+from src.neighbours import precision_recall  # one of the scores
 from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
+
+KID_SUBSETS = 100  # random ones, over which the kernel distance is averaged
+KID_SUBSET_SIZE = 1000  # images in each, or all where they are fewer
+MANIFOLD_K = 3  # neighbours that a ball of precision and recall reaches
 
 
 class Extractor(Protocol):
@@ -35,44 +39,25 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def cache_dir() -> Path:
-    """Where reference statistics are kept: beside what torch.hub downloads (TORCH_HOME moves both)."""
-    return Path(torch.hub.get_dir()) / "simple-ddpm"
+def reference_features(
+    images: Tensor, extractor: Extractor, cache_folder: Path | None = None, batch_size: int = 32
+) -> Tensor:
+    """What the network sees in real images (N, C, H, W), uint8 in [0, 255]: features (N, D) float32, on the CPU.
 
-
-def reference_statistics(
-    images: Tensor, extractor: Extractor, cache: Path | None = None, batch_size: int = 32
-) -> dict[str, Tensor]:
-    """Moments of the features of real images (N, C, H, W), uint8 in [0, 255]: what FID compares with.
-
-    They take minutes on a CPU, so they are kept in the directory `cache` (`cache_dir()` unless given) and
-    found again by the hash of the weights and of the images. A file that cannot be read is made again, and
-    one that cannot be written costs a warning.
-
-    Returns:
-        Under torchmetrics' names: `real_features_sum` (D,) and `real_features_cov_sum` (D, D), the sums of the
-        features and of their outer products, float64; `real_features_num_samples`, int64.
+    Through Inception they take minutes on a CPU, so they are kept (`cache.folder()` unless told otherwise) and
+    found again by the hash of network, weights and images.
     """
-    key = _key(images, extractor)
-    file = (cache or cache_dir()) / f"reference-{len(images)}-{key[:16]}.pt"
-    if file.exists():
-        try:
-            return _read(file, key)
-        except UserError as error:
-            log.warning("%s; the reference statistics are computed again", error)
-    fid = _fid(extractor)
-    with progress(log, total=len(images), desc="reference images", unit="image") as bar:
-        for batch in images.split(batch_size):
-            features, _ = extractor(batch)
-            fid.update(features.cpu().double(), real=True)
-            bar.update(len(batch))
-    statistics = {name: value for name, value in fid.state_dict().items() if name.startswith("real_")}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(file, {"key": key, "statistics": statistics})
-    except (OSError, UserError) as error:
-        log.warning("%s; the next run has to compute the reference statistics again", error)
-    return statistics
+
+    def look() -> dict[str, Tensor]:
+        seen = []
+        with progress(log, total=len(images), desc="reference images", unit="image") as bar:
+            for batch in images.split(batch_size):
+                seen.append(extractor(batch)[0].float().cpu())
+                bar.update(len(batch))
+        return {"features": torch.cat(seen)}
+
+    key = cache.key(f"{extractor.name} {extractor.sha256}", images)
+    return cache.recall(f"features-{len(images)}", key, look, cache_folder)["features"]
 
 
 class Scores:
@@ -80,70 +65,117 @@ class Scores:
 
     Args:
         extractor: the one that `reference` was made with.
-        reference: as `reference_statistics` returns it.
-        seed: of the Inception Score's random split; the global generators are left as they are.
+        reference: features of real images (N, D), as `reference_features` returns them.
+        seed: of random subsets and splits; the global generators are left as they are.
         splits: into which the Inception Score divides the images, for its deviation.
     """
 
-    def __init__(self, extractor: Extractor, reference: dict[str, Tensor], seed: int = 0, splits: int = 10) -> None:
-        self.extractor = extractor
-        self.seed = seed
-        self.fid = _fid(extractor)
-        self.fid.load_state_dict(reference, strict=False)  # strict would want the generated images' sums too
-        with warnings.catch_warnings():
-            # torchmetrics warns that it keeps all logits: 40 MB of them for 10,000 images.
-            warnings.filterwarnings("ignore", message=".*InceptionScore. will save all extracted features")
-            self.inception_score = InceptionScore(feature=nn.Identity(), splits=splits)
+    def __init__(self, extractor: Extractor, reference: Tensor, seed: int = 0, splits: int = 10) -> None:
+        self.extractor, self.reference, self.seed, self.splits = extractor, reference, seed, splits
+        self.features: list[Tensor] = []
+        self.logits: list[Tensor] = []
 
-    def update(self, images: Tensor) -> None:
-        """Take in generated images (B, C, H, W), uint8 in [0, 255]."""
+    def update(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Take in generated images (B, C, H, W), uint8 in [0, 255]; labels make no difference to these scores."""
         features, logits = self.extractor(images)
-        # Sums in float64 on the CPU, whatever the device: FID subtracts large sums from each other.
-        self.fid.update(features.cpu().double(), real=False)
-        if self.extractor.has_logits:
-            self.inception_score.update(logits.cpu())
+        self.features.append(features.float().cpu())
+        self.logits.append(logits.float().cpu())
 
-    def compute(self) -> dict[str, float | int | list[str] | None]:
-        """The scores of all images so far; seconds of work for 2048 features.
+    def compute(self) -> dict[str, Any]:
+        """The scores of all images so far; a minute of work for 10,000 of 2048 features.
 
         Returns:
-            `fid`, `inception_score_mean` and `inception_score_std`, each None (and never NaN) where it cannot
-            be had; `num_images` and `num_reference_images`; `notes`, which say in plain words why a score is
-            missing and what to beware of in the others.
+            `fid`, `kid_mean`, `kid_std`, `precision`, `recall`, `inception_score_mean` and
+            `inception_score_std`, each None (and never NaN) where it cannot be had; `num_images` and
+            `num_reference_images`; `notes`, which say in plain words why a score is missing and what to beware
+            of in the others.
         """
-        num_images = int(self.fid.fake_features_num_samples)
-        num_reference = int(self.fid.real_features_num_samples)
-        fid, fid_notes = self._fid(min(num_images, num_reference))
-        mean, std, score_notes = self._inception_score(num_images)
-        return {
-            "fid": fid,
-            "inception_score_mean": mean,
-            "inception_score_std": std,
-            "num_images": num_images,
-            "num_reference_images": num_reference,
-            "notes": fid_notes + score_notes,
-        }
+        real = self.reference
+        generated = torch.cat(self.features) if self.features else real[:0]
+        scores = {"num_images": len(generated), "num_reference_images": len(real), "notes": []}
+        for part in (self._distances(real, generated), self._manifolds(real, generated), self._inception_score()):
+            scores["notes"] += part.pop("notes", [])
+            scores |= part
+        return scores
 
-    def _fid(self, num_images: int) -> tuple[float | None, list[str]]:
-        """|m - m_w|² + Tr(C + C_w - 2 (C C_w)^½), Heusel et al. 2017, equation 6: smaller is better."""
-        if num_images < 2:
-            return None, ["FID is missing: it needs two generated and two reference images at the least."]
-        return float(self.fid.compute()), small_sample_notes(num_images, self.extractor.num_features)
+    def _distances(self, real: Tensor, generated: Tensor) -> dict[str, Any]:
+        n = min(len(real), len(generated))
+        if n < 2:
+            notes = ["FID is missing, and KID: they need two generated and two reference images at the least."]
+            return {"fid": None, "kid_mean": None, "kid_std": None, "notes": notes}
+        mean, std = kernel_distance(real, generated, self.seed)
+        notes = small_sample_notes(n, real.shape[1])
+        if len(real) == len(generated) <= KID_SUBSET_SIZE:
+            std = None
+            notes.append("KID has no deviation: that takes more images than go into a subset.")
+        return {"fid": frechet_distance(real, generated), "kid_mean": mean, "kid_std": std, "notes": notes}
 
-    def _inception_score(self, num_images: int) -> tuple[float | None, float | None, list[str]]:
-        """exp(E_x KL(p(y|x) || p(y))), Salimans et al. 2016, section 4: from 1 to the number of classes."""
+    def _manifolds(self, real: Tensor, generated: Tensor) -> dict[str, Any]:
+        n = min(len(real), len(generated))  # both shares depend on the counts, so they are made equal
+        try:
+            precision, recall = precision_recall(real[:n], generated[:n], MANIFOLD_K)
+        except ValueError as error:
+            return {"precision": None, "recall": None, "notes": [f"Precision and recall are missing: {error}."]}
+        return {"precision": precision, "recall": recall}
+
+    def _inception_score(self) -> dict[str, Any]:
+        missing = {"inception_score_mean": None, "inception_score_std": None}
         if not self.extractor.has_logits:
-            return None, None, ["Inception Score is missing: these weights lack the network's last layer."]
-        if num_images == 0:
-            return None, None, ["Inception Score is missing: there are no images."]
-        with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles by the global generator
-            torch.default_generator.manual_seed(self.seed)
-            mean, std = map(float, self.inception_score.compute())
+            return missing | {"notes": ["Inception Score is missing: these weights lack the network's last layer."]}
+        if not self.logits:
+            return missing | {"notes": ["Inception Score is missing: there are no images."]}
+        mean, std = inception_score(torch.cat(self.logits), self.seed, self.splits)
         if not math.isfinite(mean):
-            return None, None, ["Inception Score is missing: the network's logits are not finite."]
+            return missing | {"notes": ["Inception Score is missing: the network's logits are not finite."]}
         if not math.isfinite(std):
-            return mean, None, ["Inception Score has no deviation: that takes two splits of the images."]
-        return mean, std, []
+            notes = ["Inception Score has no deviation: that takes two splits of the images."]
+            return {"inception_score_mean": mean, "inception_score_std": None, "notes": notes}
+        return {"inception_score_mean": mean, "inception_score_std": std}
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """|m - m_w|² + Tr(C + C_w - 2 (C C_w)^½) of features (N, D) and (M, D); Heusel et al. 2017, equation 6."""
+    passthrough = nn.Identity()  # torchmetrics takes features for images
+    passthrough.num_features = real.shape[1]
+    fid = FrechetInceptionDistance(feature=passthrough)
+    for is_real, features in ((True, real), (False, generated)):
+        for rows in features.split(1000):
+            fid.update(rows.double(), real=is_real)  # it subtracts large sums from each other
+    return float(fid.compute())
+
+
+def kernel_distance(real: Tensor, generated: Tensor, seed: int) -> tuple[float, float]:
+    """KID of features (N, D) and (M, D), Bińkowski et al. 2018, section 3: mean and deviation over random subsets.
+
+    It is an unbiased estimate of the squared MMD under a cubic kernel, so unlike FID it can be compared between
+    different numbers of images, and can come out below zero. The deviation is that of subsets, which overlap:
+    not the mean's error.
+    """
+    size = min(KID_SUBSET_SIZE, len(real), len(generated))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")  # they are there anyway
+        kid = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=size)
+    kid.update(real, real=True)
+    kid.update(generated, real=False)
+    with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
+        torch.default_generator.manual_seed(seed)
+        mean, std = kid.compute()
+    return float(mean), float(std)
+
+
+def inception_score(logits: Tensor, seed: int, splits: int) -> tuple[float, float]:
+    """exp(E_x KL(p(y|x) || p(y))) of logits (N, K), Salimans et al. 2016, section 4: from 1 to K.
+
+    Mean and deviation over splits; the deviation of one is NaN.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")
+        score = InceptionScore(feature=nn.Identity(), splits=splits)
+    score.update(logits)
+    with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles by the global generator
+        torch.default_generator.manual_seed(seed)
+        mean, std = score.compute()
+    return float(mean), float(std)
 
 
 def small_sample_notes(num_images: int, num_features: int = 2048) -> list[str]:
@@ -158,25 +190,3 @@ def small_sample_notes(num_images: int, num_features: int = 2048) -> list[str]:
         f"FID of {num_images:,} images: with no more images than features ({num_features:,}), their covariance "
         "lacks full rank and FID comes out too high. Compare it only with FIDs of as many images."
     ]
-
-
-def _fid(extractor: Extractor) -> FrechetInceptionDistance:
-    """torchmetrics' FID, which takes features for images and has its sums in its state_dict."""
-    passthrough = nn.Identity()
-    passthrough.num_features = extractor.num_features
-    fid = FrechetInceptionDistance(feature=passthrough)
-    fid.persistent(True)
-    return fid
-
-
-def _key(images: Tensor, extractor: Extractor) -> str:
-    digest = hashlib.sha256(f"{extractor.name} {extractor.sha256} {images.dtype} {tuple(images.shape)}".encode())
-    digest.update(images.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(file: Path, key: str) -> dict[str, Tensor]:
-    state = checkpoint.load(file)
-    if state.get("key") != key:
-        raise UserError(f"{file} belongs to other images or other weights")
-    return state["statistics"]

@@ -1,5 +1,6 @@
 """The README's commands as a user gives them, and everything that they leave behind, read back."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import eval as evaluate
-from src import checkpoint, inception
+from src import checkpoint, dataset, inception
 
 # What the fixture `trained` did: 400 images in batches of 50, four epochs, stopped after two.
 STEPS, EPOCHS = 8, 4
@@ -173,7 +174,13 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
     assert protocol["versions"]["python"] == sys.version.split()[0]
     assert report["seconds"] > 0 and "cpu" in protocol["device"]
 
+    assert protocol["classifier"].keys() == {"network", "weights_sha256", "test_accuracy"}
+    assert protocol["classifier"]["test_accuracy"] > 0.5
+
+    assert sum(scores["class_histogram"].values()) == 16 and scores["class_accuracy"] is None
+    assert 0 <= scores["nearest_flagged"] <= 1 and scores["nearest_median"] > 0
     assert read_png(folder / "grid.png").shape == (4 * 34, 4 * 34)
+    assert read_png(folder / "neighbours.png").shape == (4 * 40, 4 * 72)  # pairs, framed in four pixels
     assert f"{scores['fid']:.2f}" in output and "16 images" in output and "500 images" in output
     assert not re.search(r"\r|\x1b", output), "debris of a progress bar"
     return scores
@@ -217,6 +224,33 @@ def test_scores_are_written_with_all_that_is_needed_to_get_them_again(
     else:
         assert scores["inception_score_mean"] is None
         assert any("last layer" in note for note in scores["notes"])
+
+
+def test_without_inception_the_classifier_scores_alone(trained, one_thread, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(trained.folder)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(inception, "weights", None)  # a call would fail
+    args = arguments(evaluate, *EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval")
+    assert evaluate.main(args) == 0
+    report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    scores, printed = report["scores"], capsys.readouterr().out
+    assert "fid" not in scores and "extractor" not in report["protocol"]
+    assert scores["classifier_fd"] > 0 and f"{scores['classifier_fd']:.2f}" in printed
+    assert (scores["num_images"], scores["num_reference_images"]) == (16, 500)
+    assert "Inception" not in printed
+
+
+def test_a_data_set_without_classes_has_no_classifier(trained, one_thread, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(trained.folder)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    name = "fashion-mnist-tiny"
+    monkeypatch.setitem(dataset.DATASETS, name, dataclasses.replace(dataset.DATASETS[name], classes=()))
+    args = arguments(evaluate, *EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval")
+    assert evaluate.main(args) == 0
+    scores = json.loads((tmp_path / "eval" / "metrics.json").read_text())["scores"]
+    assert scores["classifier_fd"] is None and scores["class_histogram"] is None
+    assert scores["nearest_median"] > 0
+    assert "no classifier" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import metrics
+from src import cache, dataset, metrics
 
 FEATURES = 16  # torchmetrics takes eigenvalues of (D, D) matrices: 2048 would need 10 s a test
 
@@ -50,11 +50,11 @@ def random_images(n: int, seed: int, high: int = 256) -> Tensor:
 
 
 @pytest.fixture
-def reference(tmp_path) -> dict[str, Tensor]:
-    return metrics.reference_statistics(random_images(200, seed=1), LinearExtractor(), tmp_path)
+def reference(tmp_path) -> Tensor:
+    return metrics.reference_features(random_images(200, seed=1), LinearExtractor(), tmp_path)
 
 
-def scores_of(images: Tensor, reference: dict[str, Tensor], extractor=None, batch_size=50, **settings) -> dict:
+def scores_of(images: Tensor, reference: Tensor, extractor=None, batch_size=50, **settings) -> dict:
     scores = metrics.Scores(extractor or LinearExtractor(), reference, **settings)
     for batch in images.split(batch_size):
         scores.update(batch)
@@ -112,31 +112,24 @@ def test_one_pass_through_the_network_serves_all_scores(reference):
     assert extractor.calls == 60
 
 
-def test_reference_statistics_are_computed_once(tmp_path):
+def test_reference_features_are_computed_once(tmp_path):
     images, extractor = random_images(90, seed=4), LinearExtractor()
-    fresh = metrics.reference_statistics(images, extractor, tmp_path, batch_size=32)
-    cached = metrics.reference_statistics(images, extractor, tmp_path)
+    fresh = metrics.reference_features(images, extractor, tmp_path, batch_size=32)
+    cached = metrics.reference_features(images, extractor, tmp_path)
     assert extractor.calls == 90
-    assert fresh.keys() == cached.keys()
-    assert all(torch.equal(fresh[name], cached[name]) for name in fresh)
+    assert torch.equal(fresh, cached)
+    torch.testing.assert_close(fresh, LinearExtractor()(images)[0])
     assert scores_of(random_images(50, 5), fresh) == scores_of(random_images(50, 5), cached)
-
-
-def test_reference_statistics_are_moments(reference):
-    features = LinearExtractor()(random_images(200, seed=1))[0].double()
-    torch.testing.assert_close(reference["real_features_sum"], features.sum(0))
-    torch.testing.assert_close(reference["real_features_cov_sum"], features.T @ features)
-    assert reference["real_features_num_samples"] == 200
 
 
 def test_other_images_or_weights_are_not_taken_from_the_cache(tmp_path):
     images = random_images(40, seed=4)
-    metrics.reference_statistics(images, LinearExtractor(), tmp_path)
+    metrics.reference_features(images, LinearExtractor(), tmp_path)
     one_pixel_off = images.clone()
     one_pixel_off[0, 0, 0, 0] ^= 1
     for changed, sha256 in ((one_pixel_off, "0" * 64), (images, "1" * 64)):
         extractor = LinearExtractor(sha256=sha256)
-        metrics.reference_statistics(changed, extractor, tmp_path)
+        metrics.reference_features(changed, extractor, tmp_path)
         assert extractor.calls == 40
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -144,39 +137,39 @@ def test_other_images_or_weights_are_not_taken_from_the_cache(tmp_path):
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "another's"])
 def test_unusable_cache_file_is_made_again_with_a_warning(tmp_path, caplog, damage):
     images = random_images(40, seed=4)
-    fresh = metrics.reference_statistics(images, LinearExtractor(), tmp_path)
+    fresh = metrics.reference_features(images, LinearExtractor(), tmp_path)
     (file,) = tmp_path.iterdir()
     content = bytearray(file.read_bytes())
     if damage == "another's":
-        metrics.reference_statistics(random_images(40, seed=9), LinearExtractor(), tmp_path / "other")
+        metrics.reference_features(random_images(40, seed=9), LinearExtractor(), tmp_path / "other")
         content = next((tmp_path / "other").iterdir()).read_bytes()
     elif damage == "flipped bit":
-        content[content.index(fresh["real_features_cov_sum"].numpy().tobytes()) + 100] ^= 4
+        content[content.index(fresh.numpy().tobytes()) + 100] ^= 4
     else:
         content = content[: len(content) // 2] if damage == "truncated" else b""
     file.write_bytes(content)
     extractor = LinearExtractor()
     with caplog.at_level(logging.WARNING):
-        again = metrics.reference_statistics(images, extractor, tmp_path)
+        again = metrics.reference_features(images, extractor, tmp_path)
     assert extractor.calls == 40
     assert file.name in caplog.text
-    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
-    metrics.reference_statistics(images, extractor, tmp_path)
+    assert torch.equal(fresh, again)
+    metrics.reference_features(images, extractor, tmp_path)
     assert extractor.calls == 40, "the file was not mended"
 
 
 def test_unwritable_cache_costs_only_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("where the directory belongs")
     with caplog.at_level(logging.WARNING):
-        statistics = metrics.reference_statistics(random_images(9, 4), LinearExtractor(), tmp_path / "file")
-    assert statistics["real_features_num_samples"] == 9
+        features = metrics.reference_features(random_images(9, 4), LinearExtractor(), tmp_path / "file")
+    assert features.shape == (9, FEATURES)
     assert "again" in caplog.text
 
 
 def test_cache_follows_torch_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert metrics.cache_dir() == tmp_path / "hub" / "simple-ddpm"
+    assert cache.folder() == tmp_path / "hub" / "simple-ddpm"
 
 
 one_split = pytest.mark.filterwarnings("ignore:std")  # torch's complaint that one number has no deviation
@@ -257,10 +250,101 @@ def test_note_where_images_are_fewer_than_features(reference):
 
 
 def test_few_reference_images_are_noted_too(tmp_path):
-    few = metrics.reference_statistics(random_images(FEATURES, seed=1), LinearExtractor(), tmp_path)
+    few = metrics.reference_features(random_images(FEATURES, seed=1), LinearExtractor(), tmp_path)
     assert len(scores_of(random_images(100, seed=2), few)["notes"]) == 1
 
 
-def test_scores_construct_without_warnings(reference, recwarn):
+def test_scores_come_without_warnings(reference, recwarn):
     scores_of(random_images(40, seed=8), reference)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+# ---- KID ---------------------------------------------------------------------------------------------------
+
+
+def gaussian(n: int, seed: int, shift: float = 0.0) -> Tensor:
+    return torch.randn(n, FEATURES, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_kid_is_the_unbiased_estimate_of_squared_mmd():
+    """With all images in each subset there is nothing random: Bińkowski et al. 2018, section 3, term by term."""
+    x, y = gaussian(30, 0).double(), gaussian(30, 1, shift=0.5).double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / FEATURES + 1) ** 3
+
+    off_diagonal = 1 - torch.eye(30)
+    expected = ((kernel(x, x) + kernel(y, y)) * off_diagonal).sum() / (30 * 29) - 2 * kernel(x, y).mean()
+    mean, std = metrics.kernel_distance(x.float(), y.float(), seed=0)
+    assert mean == pytest.approx(expected.item(), rel=1e-4)
+    assert std == pytest.approx(0, abs=1e-5)
+
+
+def test_kid_of_two_samples_of_one_distribution_is_zero_on_average_where_fid_is_not():
+    pairs = [(gaussian(40, seed), gaussian(40, seed + 1000)) for seed in range(30)]
+    kids = torch.tensor([metrics.kernel_distance(*pair, seed=0)[0] for pair in pairs])
+    error = kids.std() / len(kids) ** 0.5
+    assert kids.mean().abs() < 3 * error and kids.min() < 0
+    assert metrics.frechet_distance(*pairs[0]) > 1  # biased by few images
+    others = [metrics.kernel_distance(x, y + 0.2, seed=0)[0] for x, y in pairs[:10]]
+    assert sum(others) / len(others) > 6 * error  # negative control: a shift is seen
+
+
+def test_kid_depends_on_its_seed_alone(reference):
+    images, results = random_images(80, seed=7), []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        results.append(scores_of(images, reference, seed=3)["kid_mean"])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1] != scores_of(images, reference, seed=4)["kid_mean"]
+
+
+def test_kid_of_subsets_that_hold_everything_has_no_deviation(reference):
+    result = scores_of(random_images(200, seed=2), reference)
+    assert result["kid_mean"] is not None and result["kid_std"] is None
+    assert any("KID has no deviation" in note for note in result["notes"])
+
+
+# ---- direction: what a model can do wrong, and which score tells -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clothes(data) -> tuple[Tensor, Tensor, Tensor]:
+    """1,000 training images, their labels, and 500 test images."""
+    images, labels = dataset.load("fashion-mnist-tiny", data, "train", 32)
+    return images, labels, dataset.load("fashion-mnist-tiny", data, "test", 32)[0]
+
+
+@pytest.fixture(scope="module")
+def honest(clothes) -> dict:
+    """The scores of real images that are not the reference's: the best that a model could have."""
+    return scores_of(clothes[0][:500], LinearExtractor()(clothes[2])[0])
+
+
+def test_real_images_have_precision_and_recall(honest):
+    assert honest["precision"] > 0.8 and honest["recall"] > 0.8
+
+
+def test_noise_is_far_away_and_not_convincing(clothes, honest):
+    noise = torch.randint(0, 256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores = scores_of(noise, LinearExtractor()(clothes[2])[0])
+    assert scores["fid"] > 20 * honest["fid"] and scores["kid_mean"] > 20 * abs(honest["kid_mean"])
+    assert scores["precision"] < 0.05 < 0.8 < honest["precision"]
+
+
+def test_one_image_again_and_again_has_no_recall(clothes, honest):
+    repeated = clothes[2][:1].expand(500, -1, -1, -1)
+    scores = scores_of(repeated, LinearExtractor()(clothes[2])[0])
+    assert scores["precision"] == 1 and scores["recall"] < 0.01
+    assert scores["fid"] > 20 * honest["fid"]
+
+
+def test_one_class_alone_is_convincing_but_not_varied(clothes, honest):
+    images, labels, test = clothes
+    sneakers = images[labels == 7]
+    scores = scores_of(sneakers, LinearExtractor()(test)[0])
+    mixed = scores_of(images[: len(sneakers)], LinearExtractor()(test)[0])  # as many, of all classes
+    assert scores["precision"] > 0.7
+    assert scores["recall"] < 0.5 * mixed["recall"]
+    assert scores["fid"] > 5 * mixed["fid"]
