@@ -5,12 +5,13 @@ import argparse
 import config
 from src import errors
 
-SETTINGS = "NUM_SAMPLES SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE DEVICE DATA_PATH".split()
+SETTINGS = "NUM_SAMPLES GUIDANCE_SCALE SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE DEVICE DATA_PATH".split()
 
 
 def parse_args() -> argparse.Namespace:
     parser = config.Parser(__doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
+    parser.add_class()
     parser.add_output_dir("eval")
     parser.add_argument(
         "--inception_weights",
@@ -20,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--classifier_only",
         action="store_true",
-        help="leave Inception out: its weights are not needed, and most of the work is saved",
+        help="leave out Inception, whose weights are then not needed, and bits per dimension: most of the work",
     )
     return parser.parse_args()
 
@@ -40,9 +41,12 @@ from typing import Any
 
 import torch
 
-from src import classifier, dataset, inception, metrics, neighbours, pipeline, report, utils
+from src import classifier, dataset, inception, likelihood, metrics, neighbours, pipeline, report, utils
+from src.distributed import Divided, World
 
 log = logging.getLogger("eval")
+
+BOUND_IMAGES, BOUND_TIMES = 1000, 3  # test images whose bits per dimension are estimated, and timesteps for each
 
 
 def protocol(
@@ -64,6 +68,8 @@ def protocol(
             "sampler": generator.sampler,
             "steps": generator.steps,
             **generator.options,
+            "classes": [settings["classes"][label] for label in generator.classes],
+            "guidance_scale": generator.guidance_scale,
             "seed": args.seed,
             "batch_size": args.batch_size,
             "precision": str(generator.precision).removeprefix("torch."),
@@ -84,6 +90,12 @@ def protocol(
             "test_images": min(neighbours.TEST_IMAGES, reference_count),
             "flagged_below_quantile": neighbours.RARE,
         },
+        "bits_per_dim": {
+            "images": min(BOUND_IMAGES, reference_count),
+            "timesteps_of_each": min(BOUND_TIMES, settings["time_steps"]),
+            "pixels": "all, the padding too",
+            "precision": "float32",
+        },
         "device": utils.describe_device(generator.device, generator.precision),
         "versions": {
             "python": platform.python_version(),
@@ -96,14 +108,19 @@ Scorer = metrics.Scores | classifier.ClassifierScores | neighbours.Neighbours
 
 
 def scorers(
-    args: argparse.Namespace, settings: dict[str, Any], real: torch.Tensor, labels: torch.Tensor, about: dict[str, Any]
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    real: torch.Tensor,
+    labels: torch.Tensor,
+    about: dict[str, Any],
+    world: World,
 ) -> list[Scorer]:
     """All that is to see the generated images, `Neighbours` last; the networks they look through go into `about`."""
-    device, found = utils.pick_device(args.device), []
+    device, found = world.device, []
     if not args.classifier_only:
         extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
         about["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
-        found.append(metrics.Scores(extractor, metrics.reference_features(real, extractor), args.seed))
+        found.append(metrics.Scores(Divided(extractor, world), metrics.reference_features(real, extractor), args.seed))
 
     training, wanted = dataset.load(settings["dataset"], args.data_path, "train", settings["image_size"])
     classes = dataset.DATASETS[settings["dataset"]].classes
@@ -115,7 +132,7 @@ def scorers(
             "test_accuracy": network.accuracy(real, labels),
         }
         reference = metrics.reference_features(real, network)
-        found.append(classifier.ClassifierScores(network, reference, classes, args.seed))
+        found.append(classifier.ClassifierScores(Divided(network, world), reference, classes, args.seed))
     return [*found, neighbours.Neighbours(training, real)]
 
 
@@ -132,33 +149,50 @@ def collect(found: list[Scorer], about: dict[str, Any]) -> dict[str, Any]:
     return results | {"notes": notes}
 
 
-def main(args: argparse.Namespace) -> int:
-    device = utils.pick_device(args.device)
-    unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), device)
+def bits_per_dim(
+    unet: torch.nn.Module, diffusion: Any, real: torch.Tensor, about: dict[str, Any], seed: int
+) -> dict[str, float]:
+    """The variational bound of the first test images, in bits per dimension, and its standard error."""
+    images, times = about["bits_per_dim"]["images"], about["bits_per_dim"]["timesteps_of_each"]
+    with utils.progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
+        bits, error = likelihood.bits_per_dim(unet, diffusion, real[:images], seed, times, 50, bar.update)
+    return {"bits_per_dim": bits, "bits_per_dim_error": error}
+
+
+def score(args: argparse.Namespace, world: World) -> int:
+    unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), world.device)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()  # now: a training may soon replace it
-    precision = utils.pick_precision(args.precision, device)
-    generator = pipeline.Generator(unet, diffusion, args.sampler, args.steps, args.eta, precision)
+    classes = pipeline.pick_classes(args.classes, settings["classes"])
+    precision = utils.pick_precision(args.precision, world.device)
+    generator = pipeline.Generator(
+        unet, diffusion, args.sampler, args.steps, args.eta, precision, world, classes, args.guidance_scale
+    )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    where = utils.describe_device(device, precision)
+    where = utils.describe_device(world.device, precision)
     log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
 
     real, labels = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
     about = protocol(args, sha256, generator, settings, len(real))
-    found = scorers(args, settings, real, labels, about)
+    found = world.main_first(lambda: scorers(args, settings, real, labels, about, world))
 
-    shown, start = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter()
+    shown, start, count = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter(), 0
     with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
 
         def on_step(x_t: torch.Tensor) -> None:
-            bar.update(len(x_t) / generator.steps)
+            bar.update(len(x_t) * world.size / generator.steps)
 
         for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
             for scorer in found:
-                scorer.update(batch)
+                scorer.update(batch, generator.labels(range(count, count + len(batch))))
+            count += len(batch)
             shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]  # all others are let go
     seconds = time.perf_counter() - start
+    if not world.is_main:
+        return 0
 
     results = collect(found, about)
+    if not args.classifier_only:
+        results |= bits_per_dim(unet, diffusion, real, about, args.seed)
     (directory / "metrics.json").write_text(
         json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
     )
@@ -167,6 +201,11 @@ def main(args: argparse.Namespace) -> int:
     print(report.table(results, about))
     log.info("wrote metrics.json, grid.png and neighbours.png to %s", directory)
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    with World(utils.pick_device(args.device)) as world:
+        return score(args, world)
 
 
 if __name__ == "__main__":

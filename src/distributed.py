@@ -6,13 +6,16 @@ there is one process, whose share is everything. Nothing else in this repository
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 class World:
@@ -74,6 +77,15 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def main_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, called by the main process and then by the others, who find what it left on disk."""
+        if self.is_main:
+            made = make()
+            self.wait()
+            return made
+        self.wait()
+        return make()
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.maximum(0)
@@ -86,3 +98,20 @@ class World:
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part)
         return torch.cat(parts)
+
+
+class Divided:
+    """An extractor of features (see `metrics.Extractor`) whose work is divided: each process looks at its share.
+
+    In all else it is the extractor itself.
+    """
+
+    def __init__(self, extractor: Any, world: World) -> None:
+        self._extractor, self._world = extractor, world
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self._extractor(images[self._world.equal_share(range(len(images)))])
+        return self._world.gather(features)[: len(images)], self._world.gather(logits)[: len(images)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._extractor, name)

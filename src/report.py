@@ -49,6 +49,11 @@ def _facts(scores: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str
         facts.append(("classes", ", ".join(f"{name} {n}" for name, n in scores["class_histogram"].items())))
     if scores["class_accuracy"] is not None:
         facts.append(("classified as asked", f"{scores['class_accuracy']:.1%}"))
+    if "bits_per_dim" in scores:
+        bits, error, of = scores["bits_per_dim"], scores["bits_per_dim_error"], about["bits_per_dim"]["images"]
+        facts.append(
+            ("bits per dimension", f"at most {bits:.3f} ± {error:.3f} (variational bound, {of:,} test images)")
+        )
     facts += [
         (
             "nearest training image",
@@ -58,9 +63,18 @@ def _facts(scores: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str
             "suspiciously near",
             f"{scores['nearest_flagged']:.1%} of images, below {scores['nearest_threshold']:.2f} (1% of test images)",
         ),
-        ("generated", f"{made['images']:,} images, {made['sampler']}, {made['steps']} steps, seed {made['seed']}"),
+        (
+            "generated",
+            f"{made['images']:,} images{_asked(made)}, {made['sampler']}, {made['steps']} steps, seed {made['seed']}",
+        ),
         ("reference", f"{reference['images']:,} images, {reference['split']} split of {reference['dataset']}"),
     ]
     if "classifier" in about:
         facts.append(("classifier", f"{about['classifier']['test_accuracy']:.1%} of the test images right"))
     return [*facts, ("checkpoint", about["checkpoint"]["file"])]
+
+
+def _asked(made: dict[str, Any]) -> str:
+    if not made["classes"]:
+        return ""
+    return f" of {', '.join(made['classes'])} (guidance {made['guidance_scale']:g})"
