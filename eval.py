@@ -109,7 +109,9 @@ def main(args: argparse.Namespace) -> int:
     where = utils.describe_device(device, precision)
     log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
 
-    real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
+    if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
+        args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
+    real, _ = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"], settings["channels"])
     extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
     about = protocol(args, sha256, generator, settings, len(real), extractor)
     scores = metrics.Scores(extractor, metrics.reference_statistics(real, extractor), seed=args.seed)

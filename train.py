@@ -55,7 +55,7 @@ class Trainer:
         self.precision = utils.pick_precision(args.precision, self.device)
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
-        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size)
+        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
         count = len(images) - args.val_size
         self.batches_per_epoch = count // args.batch_size
         if self.batches_per_epoch < 1:

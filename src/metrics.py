@@ -171,7 +171,8 @@ def _fid(extractor: Extractor) -> FrechetInceptionDistance:
 
 def _key(images: Tensor, extractor: Extractor) -> str:
     digest = hashlib.sha256(f"{extractor.name} {extractor.sha256} {images.dtype} {tuple(images.shape)}".encode())
-    digest.update(images.cpu().contiguous().numpy().tobytes())
+    for batch in images.split(1024):  # in parts, for they may lie in files that memory cannot hold at once
+        digest.update(batch.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

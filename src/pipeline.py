@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src import checkpoint
-from src.dataset import normalise
+from src.dataset import ImageFiles, normalise
 from src.diffusion import Diffusion
 from src.errors import SettingError, UserError
 from src.model import UNet
@@ -57,13 +57,18 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
 
 @torch.inference_mode()
 def validation_loss(
-    unet: UNet, diffusion: Diffusion, images: Tensor, seed: int, batch_size: int, on_batch: Callable[[], None]
+    unet: UNet,
+    diffusion: Diffusion,
+    images: Tensor | ImageFiles,
+    seed: int,
+    batch_size: int,
+    on_batch: Callable[[], None],
 ) -> float:
     """The loss on images (N,C,H,W) uint8 with fixed eps and t, which are spread evenly over all timesteps."""
     total, n, device = 0.0, len(images), next(unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    for first in range(0, n, batch_size):
-        x0 = normalise(images[first : first + batch_size])
+    for first, part in zip(range(0, n, batch_size), images.split(batch_size), strict=True):
+        x0 = normalise(part)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
         loss = diffusion.loss(unet, *(z.to(device) for z in (x0, t, eps)))
