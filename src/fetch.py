@@ -173,7 +173,7 @@ def _unpack(source: Source, folder: Path, names: list[str]) -> dict[str, list[tu
     found: dict[str, list[tuple[Path, bytearray]]] = {}
     for path in filter(Path.is_file, sorted(folder.rglob(source.archive)) if source.archive else []):
         try:  # in memory, by the last part of the name: whatever an archive holds, it is written nowhere
-            with tarfile.open(fileobj=io.BytesIO(_contents(path, packed=True))) as archive:
+            with tarfile.open(fileobj=io.BytesIO(_contents(path, packed=True)), mode="r:") as archive:
                 for member in archive:
                     if member.isfile() and (name := Path(member.name).name) in names:
                         found.setdefault(name, []).append((path, bytearray(archive.extractfile(member).read())))
