@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,12 @@ class ImageFiles(Dataset):
         # batch_size=None: what the "sampler" gives is a whole batch's indices, and the data set returns that batch.
         # The generator is there because a loader takes its workers' seeds from the global one otherwise.
         loader = DataLoader(
-            _Cautious(self), sampler=indices, batch_size=None, num_workers=count, generator=torch.Generator()
+            _Cautious(self),
+            sampler=indices,
+            batch_size=None,
+            num_workers=count,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -93,6 +99,12 @@ class _Cautious(Dataset):
             return self.images[which]
         except UserError as error:
             return error
+
+
+def _ignore_signals(_worker: int) -> None:
+    """A terminal, or a batch system, signals a whole group: only the main process answers, once its state is whole."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _processors() -> int:

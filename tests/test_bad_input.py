@@ -71,7 +71,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --unet_dim_mults 1 0", 2, "UNET_DIM_MULTS is [1, 0], but must be one or more whole numbers"),
     ("train.py --channels 3", 2, "CHANNELS is 3, but must be 1 with DATASET fashion-mnist-tiny"),
     ("train.py --channels 2", 2, "CHANNELS is 2, but must be 1 (grayscale) or 3 (colour)"),
-    ("train.py --dataset cifar10 --channels 1", 2, "CHANNELS is 1, but must be 3 with DATASET cifar10"),
+    ("train.py --dataset cifar10 --image_size 32 --channels 1", 2, "CHANNELS is 1, but must be 3 with DATASET"),
     ("train.py --schedule_type linear --beta_start 0.03", 2, "BETA_START must be below BETA_END (BETA_START is 0.03"),
     ("train.py --beta_start 1e-3", 2, "BETA_START and BETA_END are for SCHEDULE_TYPE linear only"),
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),

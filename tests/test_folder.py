@@ -1,7 +1,10 @@
 """A directory of one's own images: real pictures, written in the formats that people have them in."""
 
+import multiprocessing
+import os
 import random
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +305,21 @@ def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
         for _ in batches(*load("folder", tmp_path, "train", 32), 4, 0, 0, CPU):
             pass
     assert "\n" not in str(caught.value)
+
+
+def test_signals_to_the_whole_group_are_the_main_process_business(coloured, streamed):
+    """As from Ctrl-C or a batch system: the workers go on until the training has saved its state."""
+    files, labels = load("folder", coloured, "train", 16)
+    expected = list(batches(files, labels, 8, 0, 0, CPU))
+    stream = batches(files, labels, 8, 0, 0, CPU)
+    seen = [next(stream)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    seen += stream
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(seen, expected, strict=True))
 
 
 # ---- whole scripts ---------------------------------------------------------------------------------------
