@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 # Data
-DATASET: str = "fashion-mnist"  # fashion-mnist, or fashion-mnist-tiny: 1,500 of its images, for tests
+DATASET: str = "fashion-mnist"  # or fashion-mnist-tiny (for tests), mnist, kmnist, cifar10, folder (your own images)
 VAL_SIZE: int = 2000  # training images held out for the validation loss
-IMAGE_SIZE: int = 32  # pixels a side; the 28×28 images are padded with black
-CHANNELS: int = 1  # 1 = grayscale
+IMAGE_SIZE: int = 32  # pixels a side; 28×28 images are padded with black, a folder's are cropped and resized
+CHANNELS: int = 1  # 1 = grayscale, 3 = colour: the default of cifar10 and folder
 
 # Training
 BATCH_SIZE: int = 64  # images at a time, trained on or generated
@@ -66,7 +66,7 @@ LOG_EVERY: int = 50  # steps between TensorBoard scalars
 DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 …
 
 # Paths
-DATA_PATH: str = "./data/fashion-mnist"  # the data set; fetched here if absent
+DATA_PATH: str = "./data/fashion-mnist"  # the data set, fetched here if absent; of another DATASET ./data/<name>
 CHECKPOINT_PATH: str = "./checkpoints"  # best.pth, latest.pth, final.pth
 OUTPUT_PATH: str = "./outputs"  # pictures and scores
 LOG_PATH: str = "./logs"  # TensorBoard's files, in its folder tensorboard/
@@ -76,7 +76,7 @@ POSITIVE = (lambda v: v >= 1, "at least 1")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "VAL_SIZE": POSITIVE,
     "IMAGE_SIZE": POSITIVE,
-    "CHANNELS": (lambda v: v == 1, "1: the data sets are grayscale"),
+    "CHANNELS": (lambda v: v in (1, 3), "1 (grayscale) or 3 (colour)"),
     "BATCH_SIZE": POSITIVE,
     "LEARNING_RATE": (lambda v: 0 < v <= 1, "above 0 and at most 1, such as 1e-3"),
     "ACCUMULATE": POSITIVE,
@@ -110,7 +110,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SAMPLE_EVERY": POSITIVE,
     "LOG_EVERY": POSITIVE,
     "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None, "auto, cpu, cuda or cuda:N"),
-    "DATA_PATH": (bool, "a directory"),
+    "DATA_PATH": (bool, "a directory: --data_path DIR"),
     "CHECKPOINT_PATH": (bool, "a directory"),
     "OUTPUT_PATH": (bool, "a directory"),
     "LOG_PATH": (bool, "a directory"),
@@ -207,6 +207,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         """Parse and check; every setting out of range is reported, with status 2."""
         namespace = super().parse_args(*args, **kwargs)
+        if "dataset" in namespace:  # which decides on other defaults: once more, with those
+            self.set_defaults(**following(namespace.dataset))
+            namespace = super().parse_args(*args, **kwargs)
         found = problems(vars(namespace))
         if found:
             self.error("; ".join(found))
@@ -214,6 +217,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def following(dataset: str) -> dict[str, Any]:
+    """The defaults (lower-case names) that follow from DATASET, but for constants that have been edited."""
+    found: dict[str, Any] = {}
+    if CHANNELS == 1 and dataset in ("cifar10", "folder"):
+        found["channels"] = 3
+    if DATA_PATH == "./data/fashion-mnist":
+        found["data_path"] = "" if dataset == "folder" else f"./data/{dataset}"  # your own images may lie anywhere
+    return found
 
 
 def problems(values: dict[str, Any]) -> list[str]:

@@ -122,8 +122,9 @@ def scorers(
         about["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
         found.append(metrics.Scores(Divided(extractor, world), metrics.reference_features(real, extractor), args.seed))
 
-    training, wanted = dataset.load(settings["dataset"], args.data_path, "train", settings["image_size"])
-    classes = dataset.DATASETS[settings["dataset"]].classes
+    name, size, channels = (settings[key] for key in ("dataset", "image_size", "channels"))
+    training, wanted = dataset.load(name, args.data_path, "train", size, channels)
+    classes = dataset.classes(name, args.data_path)
     if len(classes) > 1:
         network = classifier.trained(training, wanted, len(classes), device)
         about["classifier"] = {
@@ -171,7 +172,10 @@ def score(args: argparse.Namespace, world: World) -> int:
     where = utils.describe_device(world.device, precision)
     log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
 
-    real, labels = dataset.load(settings["dataset"], args.data_path, "test", settings["image_size"])
+    if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
+        args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
+    size, channels = settings["image_size"], settings["channels"]
+    real, labels = dataset.load(settings["dataset"], args.data_path, "test", size, channels)
     about = protocol(args, sha256, generator, settings, len(real))
     found = world.main_first(lambda: scorers(args, settings, real, labels, about, world))
 

@@ -62,14 +62,16 @@ class Trainer:
         self.precision = utils.pick_precision(args.precision, self.device)
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
-        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size)
+        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
         count = dataset.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
 
         self.settings = {name: value for name, value in vars(args).items() if name.upper() in SETTINGS}
-        self.settings["classes"] = list(dataset.DATASETS[args.dataset].classes) if args.class_conditional else []
+        self.settings["classes"] = (
+            list(dataset.classes(args.dataset, args.data_path)) if args.class_conditional else []
+        )
         model, self.diffusion = pipeline.build(self.settings, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, self.settings)
 

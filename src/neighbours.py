@@ -45,12 +45,12 @@ def nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """
     queries = images.flatten(1).float() / 255  # (B, P)
     best, index = torch.full((len(images),), torch.inf), torch.zeros(len(images), dtype=torch.long)
-    for first in range(0, len(training), CHUNK):
-        rows = training[first : first + CHUNK].flatten(1).float() / 255
+    for number, part in enumerate(training.split(CHUNK)):
+        rows = part.flatten(1).float() / 255
         # |q - r|² less |q|², which is the same for every r: one matrix product, and no (B, N, P) of differences.
         values, where = torch.addmm(rows.square().sum(1), queries, rows.T, alpha=-2).min(1)
         nearer = values < best
-        best, index = torch.where(nearer, values, best), torch.where(nearer, where + first, index)
+        best, index = torch.where(nearer, values, best), torch.where(nearer, where + number * CHUNK, index)
     # The product rounds: a copy would come out near 0, not at it.
     return (queries - training[index].flatten(1).float() / 255).norm(dim=1), index
 

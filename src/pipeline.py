@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src import checkpoint
-from src.dataset import normalise
+from src.dataset import ImageFiles, normalise
 from src.diffusion import Diffusion, Network
 from src.distributed import World
 from src.errors import SettingError, UserError
@@ -88,7 +88,7 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
 def validation_loss(
     unet: UNet,
     diffusion: Diffusion,
-    images: Tensor,
+    images: Tensor | ImageFiles,
     seed: int,
     batch_size: int,
     on_batch: Callable[[], None],
@@ -104,8 +104,8 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)
     mine = slice(world.rank, None, world.size)  # of a batch; it may be empty
     generator = torch.Generator().manual_seed(seed)
-    for first in range(0, n, batch_size):
-        x0 = normalise(images[first : first + batch_size])
+    for first, part in zip(range(0, n, batch_size), images.split(batch_size), strict=True):
+        x0 = normalise(part)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
         if len(t[mine]):

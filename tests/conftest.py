@@ -103,7 +103,7 @@ def trained(data, tmp_path_factory) -> SimpleNamespace:
     `first` and `second` are the finished processes, `flags` their common command line.
     """
     folder = tmp_path_factory.mktemp("session")
-    shutil.copytree(data, folder / "data/fashion-mnist")
+    shutil.copytree(data, folder / "data/fashion-mnist-tiny")
     often = "--learning_rate 3e-3 --ema_decay 0.9 --log_every 2 --save_every 1 --sample_every 2".split()
     flags = [*SMALL, *NETWORK, *often]
     first = run_script("train.py", *flags, "--epochs", 2, cwd=folder)

@@ -81,7 +81,9 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --unet_dim 12", 2, "UNET_DIM is 12, but must be a positive multiple of 8, the groups of GroupNorm"),
     ("train.py --unet_dim_mults", 2, "--unet_dim_mults: expected at least one argument"),
     ("train.py --unet_dim_mults 1 0", 2, "UNET_DIM_MULTS is [1, 0], but must be one or more whole numbers"),
-    ("train.py --channels 3", 2, "CHANNELS is 3, but must be 1"),
+    ("train.py --channels 3", 2, "CHANNELS is 3, but must be 1 with DATASET fashion-mnist-tiny"),
+    ("train.py --channels 2", 2, "CHANNELS is 2, but must be 1 (grayscale) or 3 (colour)"),
+    ("train.py --dataset cifar10 --image_size 32 --channels 1", 2, "CHANNELS is 1, but must be 3 with DATASET"),
     ("train.py --schedule_type linear --beta_start 0.03", 2, "BETA_START must be below BETA_END (BETA_START is 0.03"),
     ("train.py --beta_start 1e-3", 2, "BETA_START and BETA_END are for SCHEDULE_TYPE linear only"),
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
@@ -105,6 +107,10 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --checkpoint_path=", 2, "CHECKPOINT_PATH is '', but must be a directory"),
     ("train.py --data_path=", 2, "DATA_PATH is '', but must be a directory"),
     ("train.py --data_path file", 2, "file"),
+    ("train.py --dataset folder --data_path=", 2, "DATA_PATH is '', but must be a directory: --data_path DIR"),
+    ("train.py --dataset folder --data_path nowhere", 2, "nowhere, which is no directory: name the one with your im"),
+    ("train.py --dataset folder --data_path run", 2, "run holds too few images for training (.png, .jpg, "),
+    ("train.py --dataset folder --data_path pictures", 1, "cannot read the image pictures/b.png (cannot identify"),
     ("train.py --checkpoint_path file", 2, "--checkpoint_path file: File exists"),
     ("train.py --output_path file/below", 2, "--output_path file/below: Not a directory"),
     ("train.py --log_path /proc/logs", 2, "--log_path /proc/logs: No such file or directory"),
@@ -134,6 +140,9 @@ def template(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(data, folder / "data")
     (folder / "file").write_text("a text\n")
+    (folder / "pictures").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (folder / "pictures" / name).write_text("a text\n")
     (folder / "run").mkdir()
     flags = f"{GOOD['train.py']} --time_steps 40 --data_path {folder / 'data'} --checkpoint_path {folder / 'run'}"
     with torch.random.fork_rng():

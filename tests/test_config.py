@@ -67,6 +67,21 @@ def test_flags_override_constants_and_keep_their_types(monkeypatch):
     assert parse(train, monkeypatch).unet_dim_mults == config.UNET_DIM_MULTS == [1, 2, 4, 8]
 
 
+def test_channels_and_path_follow_from_the_data_set(monkeypatch):
+    def settings(*flags: str) -> tuple[int, str]:
+        args = parse(train, monkeypatch, *flags)
+        return args.channels, args.data_path
+
+    assert settings() == (1, "./data/fashion-mnist")
+    assert settings("--dataset", "kmnist") == (1, "./data/kmnist")
+    assert settings("--dataset", "cifar10") == (3, "./data/cifar10")
+    assert settings("--dataset", "folder", "--data_path", "my") == (3, "my")
+    assert settings("--dataset", "folder", "--data_path", "my", "--channels", "1") == (1, "my")  # a flag has its way
+    monkeypatch.setattr(config, "DATASET", "cifar10")
+    monkeypatch.setattr(config, "DATA_PATH", "/mnt/images")
+    assert settings() == (3, "/mnt/images")  # and so has an edited constant
+
+
 def test_help_shows_every_flag_with_its_meaning_and_default(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(train, monkeypatch, "--help")

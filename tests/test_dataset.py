@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 
-from src import dataset
+from src import fetch
 from src.dataset import DATASETS, FASHION_MNIST_TINY, batches, load, normalise
 from src.errors import UserError
 
@@ -37,7 +37,7 @@ def offline(request, tmp_path_factory, monkeypatch):
     if request.node.get_closest_marker("slow"):
         return
     empty = tmp_path_factory.mktemp("empty")
-    monkeypatch.setattr(dataset, "DEBIAN", empty)
+    monkeypatch.setattr(fetch, "DEBIAN", empty)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setenv("PATH", str(empty))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -92,10 +92,17 @@ def test_table():
     for name, row in DATASETS.items():
         assert row.name == name
         assert len(row.classes) == 10
-        assert set(row.md5) == set(NAMES)
     assert DATASETS["fashion-mnist"].classes[0] == "t-shirt"
     assert DATASETS["fashion-mnist"].classes[9] == "ankle-boot"
     assert not set(DATASETS["fashion-mnist"].md5.values()) & set(FASHION_MNIST_TINY.md5.values())
+
+
+def test_hashes_are_those_that_torchvision_knows():
+    known = torchvision.datasets
+    assert DATASETS["kmnist"].md5 == dict(known.KMNIST.resources)
+    assert DATASETS["cifar10"].md5 == dict(known.CIFAR10.train_list + known.CIFAR10.test_list)
+    for name in ("fashion-mnist", "fashion-mnist-tiny", "mnist"):  # of the extracted files, which it does not know
+        assert set(DATASETS[name].md5) == set(NAMES)
 
 
 def test_bundled_files_are_small_and_as_in_the_table():
@@ -305,7 +312,7 @@ def test_write_that_stops_half_way_leaves_nothing_that_looks_whole(tmp_path):
 def test_missing_and_offline_tells_all_that_was_tried(tmp_path, scratch):
     root = tmp_path / "data"
     text = refusal(root, "fashion-mnist")
-    for part in (str(root), str(dataset.DEBIAN / "fashion-mnist"), "torchvision", "refused", "apt-get"):
+    for part in (str(root), str(fetch.DEBIAN / "fashion-mnist"), "torchvision", "refused", "apt-get"):
         assert part in text
     for name in NAMES:
         assert f"{name}.gz" in text
@@ -322,7 +329,7 @@ def test_only_missing_files_are_asked_for(tmp_path):
 
 
 def test_debians_package_if_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "DEBIAN", tmp_path / "usr")
+    monkeypatch.setattr(fetch, "DEBIAN", tmp_path / "usr")
     put_gz(tmp_path / "usr" / "published")
     load("published", tmp_path / "data", "train", 32)
     assert files_in(tmp_path / "data") == set(NAMES)
@@ -390,7 +397,7 @@ def test_bad_download_leaves_nothing(tmp_path, mirror, scratch):
 
 
 def test_silent_host_costs_only_the_timeout(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "TIMEOUT", 1)
+    monkeypatch.setattr(fetch, "TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [url])
