@@ -3,12 +3,9 @@
 The annotation of a constant is the type of its flag, and the comment beside it is its --help text.
 """
 
-import argparse
 import re
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from collections.abc import Callable
+from typing import Any
 
 # Data
 DATASET: str = "fashion-mnist"  # or fashion-mnist-tiny (for tests), mnist, kmnist, cifar10, folder (your own images)
@@ -152,73 +149,6 @@ FREE_ON_RESUME = {
 NOTED_ON_RESUME = {"LEARNING_RATE", "LR_WARMUP", "LR_DECAY", "GRAD_CLIP", "COMPILE"}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with this file's constants as flags and errors of one line."""
-
-    def __init__(self, description: str, settings: Iterable[str], **defaults: Any) -> None:
-        """Flags for the constants named in `settings`; `defaults` replaces a constant's value for one script."""
-        super().__init__(description=description, allow_abbrev=False)
-        self.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and results")
-        comments, types = _comments(), _types()
-        for name in settings:
-            value = defaults.get(name, globals()[name])
-            kind = types.get(name, type(value))
-            options = {"type": kind, "metavar": getattr(kind, "__name__", None)}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif kind == list[int]:
-                options = {"type": int, "metavar": "int", "nargs": "+"}
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            self.add_argument(
-                f"--{name.lower()}",
-                default=value,
-                help=f"{comments.get(name, '')} (default: {shown})",
-                **options,
-            )
-
-    def add_checkpoint(self) -> None:
-        self.add_argument(
-            "--checkpoint",
-            type=_not_empty,
-            default=f"{CHECKPOINT_PATH}/best.pth",
-            metavar="FILE",
-            help="the trained model; it carries its own settings (default: %(default)s)",
-        )
-
-    def add_class(self) -> None:
-        self.add_argument(
-            "--class",
-            dest="classes",
-            nargs="+",
-            default=[],
-            metavar="CLASS",
-            help="as many images of each of these, by name or number, or of all (default: of none in particular)",
-        )
-
-    def add_output_dir(self, folder: str) -> None:
-        self.add_argument(
-            "--output_dir",
-            type=_not_empty,
-            default=f"{OUTPUT_PATH}/{folder}",
-            metavar="DIR",
-            help="where to write (default: %(default)s)",
-        )
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        """Parse and check; every setting out of range is reported, with status 2."""
-        namespace = super().parse_args(*args, **kwargs)
-        if "dataset" in namespace:  # which decides on other defaults: once more, with those
-            self.set_defaults(**following(namespace.dataset))
-            namespace = super().parse_args(*args, **kwargs)
-        found = problems(vars(namespace))
-        if found:
-            self.error("; ".join(found))
-        return namespace
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def following(dataset: str) -> dict[str, Any]:
     """The defaults (lower-case names) that follow from DATASET, but for constants that have been edited."""
     found: dict[str, Any] = {}
@@ -227,60 +157,3 @@ def following(dataset: str) -> dict[str, Any]:
     if DATA_PATH == "./data/fashion-mnist":
         found["data_path"] = "" if dataset == "folder" else f"./data/{dataset}"  # your own images may lie anywhere
     return found
-
-
-def problems(values: dict[str, Any]) -> list[str]:
-    """What is wrong with these settings (lower-case names), a sentence each."""
-    values = {name.upper(): value for name, value in values.items()}
-    wrong = {name: kind for name, kind in _types().items() if name in values and not _has_type(values[name], kind)}
-    found = [
-        f"{name} is {values[name]!r}, but must be of type {getattr(kind, '__name__', kind)}"
-        for name, kind in wrong.items()
-    ]
-    found += [
-        f"{name} is {values[name]!r}, but must be {wording}"
-        for name, (holds, wording) in RULES.items()
-        if name in values.keys() - wrong.keys() and not holds(values[name])
-    ]
-    if found:
-        return found  # a relation between settings that are themselves wrong would only confuse
-    return [
-        f"{wording} ({', '.join(f'{name} is {values[name]!r}' for name in names)})"
-        for names, holds, wording in RELATIONS
-        if values.keys() >= set(names) and not holds(*(values[name] for name in names))
-    ]
-
-
-def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs in the settings (lower-case names) of a resumed run, a sentence each: refused, and merely noted."""
-    refused, noted = [], []
-    for name in sorted(wanted.keys() & {name.lower() for name in _types().keys() - FREE_ON_RESUME}):
-        before = repr(saved[name]) if name in saved else "not recorded"
-        if before != repr(wanted[name]):
-            sentences = noted if name.upper() in NOTED_ON_RESUME else refused
-            sentences.append(f"{name.upper()} was {before} and is now {wanted[name]!r}")
-    return refused, noted
-
-
-def _not_empty(path: str) -> str:
-    if not path:
-        raise argparse.ArgumentTypeError("is '', but must be a path")
-    return path
-
-
-def _comments() -> dict[str, str]:
-    """The comment beside each constant of this file, read from its source."""
-    lines = re.findall(r"^([A-Z0-9_]+)\b.+? +# (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: comment.replace("%", "%%") for name, comment in lines}
-
-
-def _types() -> dict[str, Any]:
-    """The annotation of each constant of this file."""
-    return get_type_hints(sys.modules[__name__])
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a constant has its type still: flags are converted by argparse, but the file may have been edited."""
-    if kind == list[int]:
-        return isinstance(value, list) and all(type(v) is int for v in value)
-    return type(value) is kind or (kind is float and type(value) is int)

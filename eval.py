@@ -3,13 +3,13 @@
 import argparse
 
 import config
-from src import errors
+from src import errors, flags
 
 SETTINGS = "NUM_SAMPLES GUIDANCE_SCALE SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE DEVICE DATA_PATH".split()
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES, BATCH_SIZE=config.SAMPLE_BATCH)
+    parser = flags.Parser(config, __doc__, SETTINGS, NUM_SAMPLES=config.EVAL_SAMPLES, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
     parser.add_class()
     parser.add_output_dir("eval")
@@ -58,11 +58,7 @@ def protocol(
 ) -> dict[str, Any]:
     """All that somebody needs who wants to get the same numbers, but for the networks that see the images."""
     return {
-        "checkpoint": {
-            "file": str(args.checkpoint),
-            "sha256": checkpoint_sha256,
-            "weights": "ema",
-        },
+        "checkpoint": {"file": str(args.checkpoint), "sha256": checkpoint_sha256, "weights": "ema"},
         "generated": {
             "images": args.num_samples,
             "sampler": generator.sampler,

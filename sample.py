@@ -3,13 +3,13 @@
 import argparse
 
 import config
-from src import errors
+from src import errors, flags
 
 SETTINGS = "NUM_SAMPLES GUIDANCE_SCALE SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS DEVICE".split()
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, SETTINGS, BATCH_SIZE=config.SAMPLE_BATCH)
+    parser = flags.Parser(config, __doc__, SETTINGS, BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_checkpoint()
     parser.add_class()
     parser.add_output_dir("samples")

@@ -3,7 +3,7 @@
 import argparse
 
 import config
-from src import errors
+from src import errors, flags
 
 SETTINGS = """
     DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 ACCUMULATE
@@ -14,7 +14,7 @@ SETTINGS = """
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, SETTINGS)
+    parser = flags.Parser(config, __doc__, SETTINGS)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refused if there is one already")
     parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
     args = parser.parse_args()
@@ -69,9 +69,8 @@ class Trainer:
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
 
         self.settings = {name: value for name, value in vars(args).items() if name.upper() in SETTINGS}
-        self.settings["classes"] = (
-            list(dataset.classes(args.dataset, args.data_path)) if args.class_conditional else []
-        )
+        known = dataset.classes(args.dataset, args.data_path) if args.class_conditional else ()
+        self.settings["classes"] = list(known)
         model, self.diffusion = pipeline.build(self.settings, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, self.settings)
 
@@ -97,7 +96,7 @@ class Trainer:
             raise errors.UserError(
                 f"{path} holds no training to resume: move it away, or give another --checkpoint_path"
             )
-        refused, noted = config.changed_settings(state["settings"], vars(self.args))
+        refused, noted = flags.changed_settings(config, state["settings"], vars(self.args))
         if refused:
             raise errors.SettingError(
                 f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or other paths for a new run"

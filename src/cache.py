@@ -25,7 +25,8 @@ def key(recipe: str, *tensors: Tensor) -> str:
     digest = hashlib.sha256(recipe.encode())
     for tensor in tensors:
         digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in tensor.split(1024):  # for they may lie in files that memory cannot hold at once
+        # In parts, for images may lie in files that memory cannot hold at once.
+        for part in tensor.split(1024) if len(tensor.shape) else [tensor]:
             digest.update(part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -34,7 +34,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src import errors, utils
+from src import errors, flags, utils
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]
@@ -241,7 +241,7 @@ def main(plan: Plan) -> int:
 
 def parse_args() -> tuple[Plan, bool]:
     """The plan that the command line asks for, and whether to be quiet."""
-    parser = config.Parser(__doc__.splitlines()[0], ["DEVICE"])
+    parser = flags.Parser(config, __doc__.splitlines()[0], ["DEVICE"])
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="for each task (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds in all: does it still run?")
     args = parser.parse_args()

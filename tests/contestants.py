@@ -16,7 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import config
 import train
-from src import dataset, inception, utils
+from src import dataset, flags, inception, utils
 from src.distributed import World
 
 log = logging.getLogger("benchmark")
@@ -56,7 +56,7 @@ class Contestant:
 
 def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
     """train.py's own, with config.py's settings but for `changes`, on as many images as Fashion-MNIST has."""
-    args = config.Parser("", train.SETTINGS).parse_args([])
+    args = flags.Parser(config, "", train.SETTINGS).parse_args([])
     vars(args).update(changes)
     data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
     with mock.patch("src.dataset.load", return_value=data):

@@ -12,6 +12,7 @@ import config
 import eval as evaluate
 import sample
 import train
+from src import flags
 
 CONSTANTS = [name for name in vars(config) if re.fullmatch(r"[A-Z0-9_]+", name)]
 SETTINGS = [n for n in CONSTANTS if n not in {"POSITIVE", "RULES", "RELATIONS", "FREE_ON_RESUME", "NOTED_ON_RESUME"}]
@@ -50,7 +51,7 @@ def test_the_defaults_that_people_rely_on_have_not_moved():
 
 def test_every_constant_is_a_flag_of_some_script_and_is_documented():
     used = {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS, "EVAL_SAMPLES", "SAMPLE_BATCH", "GUIDANCE_SCALE"}
-    assert used == set(SETTINGS) == set(config._comments())
+    assert used == set(SETTINGS) == set(flags.comments_of(config))
 
 
 def test_every_setting_is_read_somewhere():
@@ -107,7 +108,7 @@ def test_several_mistakes_are_reported_together(monkeypatch, capsys):
 def test_only_settings_that_leave_the_weights_alone_may_change_on_resume():
     saved = {"epochs": 10, "seed": 0, "unet_dim": 32, "save_every": 5, "learning_rate": 1e-3}
     wanted = {"epochs": 20, "seed": 1, "unet_dim": 64, "save_every": 1, "learning_rate": 1e-4, "prediction": "v"}
-    refused, noted = config.changed_settings(saved, wanted)
+    refused, noted = flags.changed_settings(config, saved, wanted)
     assert refused == [
         "PREDICTION was not recorded and is now 'v'",
         "SEED was 0 and is now 1",
@@ -121,6 +122,8 @@ def test_a_constant_may_lose_its_annotation_or_its_comment(edit, tmp_path):
     """People edit this file; not all of them keep its style."""
     text = Path(config.__file__).read_text()
     (tmp_path / "config.py").write_text(re.sub(r"^EPOCHS.*$", edit, text, flags=re.MULTILINE))
-    code = "import config; print(config.Parser('', ['EPOCHS']).parse_args([]).epochs)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = "import config; from src import flags; print(flags.Parser(config, '', ['EPOCHS']).parse_args([]).epochs)"
+    # The edited one comes first.
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path(config.__file__).parent}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("20\n", "")

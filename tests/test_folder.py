@@ -14,11 +14,13 @@ from conftest import ENVIRONMENT, NETWORK, arguments, differences, run_script
 from PIL import Image
 
 import train
-from src import checkpoint, dataset, folder, metrics, pipeline
+from src import cache, checkpoint, dataset, folder, neighbours, pipeline
 from src.dataset import ImageFiles, batches, classes, load
 from src.diffusion import Diffusion
+from src.distributed import World
 from src.errors import SettingError, UserError
 from src.folder import decode
+from src.learner import Learner
 from src.model import UNet
 
 # Two workers, to see that order does not depend on who is done first, even where there is one processor.
@@ -285,12 +287,11 @@ def test_what_else_reads_images_reads_files_alike(coloured, streamed):
     assert torch.equal(files[torch.tensor([3, 1])], images[[3, 1]])
     assert torch.equal(torch.cat(list(files[:20].split(7))), images[:20])
 
-    class Extractor:
-        name, sha256 = "none", "0"
-
-    assert metrics._key(files, Extractor) == metrics._key(images, Extractor)
-    unet, diffusion = UNet(16, 3, 8, (1, 2)), Diffusion(10, "cosine", 1e-4, 0.02, "v", CPU)
-    loss, same = (pipeline.validation_loss(unet, diffusion, x, 0, 16, lambda: None) for x in (files, images))
+    assert cache.key("", files) == cache.key("", images)
+    distances, index = neighbours.nearest(images[:3], files)
+    assert distances.tolist() == [0, 0, 0] and index.tolist() == [0, 1, 2]
+    unet, diffusion, world = UNet(16, 3, 8, (1, 2)), Diffusion(10, "cosine", prediction="v"), World(CPU)
+    loss, same = (pipeline.validation_loss(unet, diffusion, x, 0, 16, lambda: None, world) for x in (files, images))
     assert loss == same
 
 
@@ -344,16 +345,17 @@ def test_training_on_files_is_training_on_memory(coloured, tmp_path, monkeypatch
     class Stop(Exception):
         pass
 
-    step = train.Trainer.train_step
+    step, trainers, new = Learner.step, [], train.Trainer.__init__
 
-    def stop(self: train.Trainer, x0: torch.Tensor) -> tuple:
-        if self.step == 5:
-            self.save("latest.pth")
+    def stop(self: Learner, *batch: object) -> tuple:
+        if self.steps == 5:
+            trainers[-1].save("latest.pth")
             raise Stop
-        return step(self, x0)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train.Trainer, "train_step", stop)
+        patch.setattr(train.Trainer, "__init__", lambda self, *given: trainers.append(self) or new(self, *given))
+        patch.setattr(Learner, "step", stop)
         state("files", "--epochs", 1)
     assert differences(state("files", "--epochs", 1), expected) == []
 
