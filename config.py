@@ -64,7 +64,7 @@ DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 …
 
 # Paths
 DATA_PATH: str = "./data/fashion-mnist"  # the data set, fetched here if absent; of another DATASET ./data/<name>
-CHECKPOINT_PATH: str = "./checkpoints"  # best.pth, latest.pth, final.pth
+CHECKPOINT_PATH: str = "./checkpoints"  # best.pth, latest.pth, final.pth, weights.pth
 OUTPUT_PATH: str = "./outputs"  # pictures and scores
 LOG_PATH: str = "./logs"  # TensorBoard's files, in its folder tensorboard/
 

@@ -46,6 +46,8 @@ from src.monitor import Monitor, Silence, describe
 
 log = logging.getLogger("train")
 
+WEIGHTS_ONLY = ("settings", "epoch", "ema")  # of a state, what sampling needs: a quarter of the size, to hand on
+
 
 class Trainer:
     """One run: what learns, from which data, and how far it has come."""
@@ -115,7 +117,9 @@ class Trainer:
     def save(self, name: str) -> Path:
         path = Path(self.args.checkpoint_path) / name
         if self.world.is_main:
-            checkpoint.save(path, self.state())
+            state = self.state()
+            kept = WEIGHTS_ONLY if name == "weights.pth" else state
+            checkpoint.save(path, {key: state[key] for key in kept})
         if name == "latest.pth":
             self.save_due = time.monotonic() + 60 * self.args.save_minutes
         return path
@@ -156,6 +160,7 @@ class Trainer:
         if improved:
             self.save("best.pth")
         if last:
+            self.save("weights.pth")
             self.save("final.pth")
         if self.world.is_main:  # pictures come before latest.pth, for what that counts is never drawn again
             utils.plot_losses(self.history["train"], self.history["val"], Path(args.output_path, "losses.png"))

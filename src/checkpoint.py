@@ -57,7 +57,10 @@ def load(path: Path) -> dict[str, Any]:
             its weights are not finite.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give an existing file, or train one with python train.py")
+        raise UserError(
+            f"no checkpoint at {path}: train one with python train.py, or give a file "
+            "that is there, such as weights/fashion-mnist.pth"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.save compresses nothing and has no directories; of one, torch.load would give unset memory.

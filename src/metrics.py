@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 KID_SUBSETS = 100  # random ones, over which the kernel distance is averaged
 KID_SUBSET_SIZE = 1000  # images in each, or all where they are fewer
+ALONE = {"sync_on_compute": False}  # of several processes, each has all the features already
 MANIFOLD_K = 3  # neighbours that a ball of precision and recall reaches
 
 
@@ -137,7 +138,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """|m - m_w|² + Tr(C + C_w - 2 (C C_w)^½) of features (N, D) and (M, D); Heusel et al. 2017, equation 6."""
     passthrough = nn.Identity()  # torchmetrics takes features for images
     passthrough.num_features = real.shape[1]
-    fid = FrechetInceptionDistance(feature=passthrough)
+    fid = FrechetInceptionDistance(feature=passthrough, **ALONE)
     for is_real, features in ((True, real), (False, generated)):
         for rows in features.split(1000):
             fid.update(rows.double(), real=is_real)  # it subtracts large sums from each other
@@ -154,7 +155,7 @@ def kernel_distance(real: Tensor, generated: Tensor, seed: int) -> tuple[float, 
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features")  # they are there anyway
-        kid = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=size)
+        kid = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=size, **ALONE)
     kid.update(real, real=True)
     kid.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
@@ -170,7 +171,7 @@ def inception_score(logits: Tensor, seed: int, splits: int) -> tuple[float, floa
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features")
-        score = InceptionScore(feature=nn.Identity(), splits=splits)
+        score = InceptionScore(feature=nn.Identity(), splits=splits, **ALONE)
     score.update(logits)
     with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles by the global generator
         torch.default_generator.manual_seed(seed)

@@ -1,5 +1,6 @@
 """Two gloo processes under torchrun: the same training and the same images as one, and what happens when one dies."""
 
+import json
 import os
 import shutil
 import signal
@@ -36,7 +37,7 @@ def run(data, tmp_path) -> Callable[..., dict[str, Any]]:
     def run(name: str, processes: int, *flags: object) -> dict[str, Any]:
         folder = tmp_path / name
         if not folder.exists():
-            shutil.copytree(data, folder / "data/fashion-mnist")
+            shutil.copytree(data, folder / "data/fashion-mnist-tiny")
         command = torchrun(processes, "train.py", *FLAGS, *flags)
         done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
@@ -89,7 +90,7 @@ def start(data, tmp_path) -> Callable[..., subprocess.Popen[str]]:
     running = []
 
     def start(*flags: object) -> subprocess.Popen[str]:
-        shutil.copytree(data, tmp_path / "data/fashion-mnist")
+        shutil.copytree(data, tmp_path / "data/fashion-mnist-tiny")
         process = subprocess.Popen(
             torchrun(2, "train.py", *FLAGS, "--epochs", 1000, *flags),
             cwd=tmp_path,
@@ -171,3 +172,31 @@ def test_equal_shares_cover_everything_in_order_and_are_equal(monkeypatch, size,
         shares.append(World(torch.device("cpu")).equal_share(range(count)))
     assert len({len(share) for share in shares}) == 1
     assert [i for share in shares for i in share][:count] == list(range(count))
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(run, tmp_path):
+    """Seven images in batches of three, asked to be of two classes; the classifier is trained once and found again."""
+    run("model", 1, "--epochs", 1)
+    flags = ["--checkpoint", tmp_path / "model/checkpoints/weights.pth", "--classifier_only", "--device", "cpu"]
+    flags += [
+        "--data_path",
+        tmp_path / "model/data/fashion-mnist-tiny",
+        "--precision",
+        "float32",
+        "--class",
+        "bag",
+        "1",
+    ]
+    flags += ["--num_samples", 7, "--batch_size", 3, "--steps", 4]
+    environment, found = {**ENVIRONMENT, "TORCH_HOME": str(tmp_path / "torch")}, []
+    for processes in (2, 1):
+        command = torchrun(processes, "eval.py", *flags, "--output_dir", tmp_path / str(processes))
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=600)
+        found.append(json.loads((tmp_path / str(processes) / "metrics.json").read_text())["scores"])
+    two, one = found
+    assert one["num_images"] == two["num_images"] == 7
+    for name in ("class_histogram", "class_accuracy", "nearest_median_test"):
+        assert one[name] == two[name]
+    for name in ("classifier_fd", "classifier_score_mean", "nearest_median"):
+        assert two[name] == pytest.approx(one[name], rel=1e-2)  # a pixel may be rounded to the next grey level

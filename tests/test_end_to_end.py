@@ -61,7 +61,7 @@ def test_output_into_a_pipe_has_no_debris_of_progress_bars(trained, sampled):
 
 def test_everything_lies_below_the_current_directory(trained, sampled):
     assert {path.name for path in trained.folder.iterdir()} == {"checkpoints", "data", "logs", "outputs"}
-    weights = {"best.pth", "latest.pth", "final.pth"}
+    weights = {"best.pth", "latest.pth", "final.pth", "weights.pth"}
     assert {path.name for path in (trained.folder / "checkpoints").iterdir()} == {*weights, ".lock"}
     pictures = {"losses.png", "samples_epoch_0002.png", "samples_epoch_0004.png", "samples"}
     assert {path.name for path in (trained.folder / "outputs").iterdir()} == pictures
