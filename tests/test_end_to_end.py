@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import eval as evaluate
-from src import checkpoint, dataset, inception
+from src import checkpoint, classifier, dataset, inception
 
 # What the fixture `trained` did: 400 images in batches of 50, four epochs, stopped after two.
 STEPS, EPOCHS = 8, 4
@@ -173,6 +173,8 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         assert protocol["versions"][package] == version(package)
     assert protocol["versions"]["python"] == sys.version.split()[0]
     assert report["seconds"] > 0 and "cpu" in protocol["device"]
+    assert 1 < scores["bits_per_dim"] < 20 and 0 < scores["bits_per_dim_error"] < 1
+    assert protocol["bits_per_dim"]["images"] == 500
 
     assert protocol["classifier"].keys() == {"network", "weights_sha256", "test_accuracy"}
     assert protocol["classifier"]["test_accuracy"] > 0.5
@@ -234,10 +236,27 @@ def test_without_inception_the_classifier_scores_alone(trained, one_thread, monk
     assert evaluate.main(args) == 0
     report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     scores, printed = report["scores"], capsys.readouterr().out
-    assert "fid" not in scores and "extractor" not in report["protocol"]
+    assert "fid" not in scores and "bits_per_dim" not in scores and "extractor" not in report["protocol"]
     assert scores["classifier_fd"] > 0 and f"{scores['classifier_fd']:.2f}" in printed
     assert (scores["num_images"], scores["num_reference_images"]) == (16, 500)
     assert "Inception" not in printed
+
+
+def test_images_asked_to_be_of_a_class_are_scored_by_it(trained, one_thread, monkeypatch, capsys, tmp_path):
+    """The network draws nothing yet that a classifier would know, so the classifier is made to: all bags (8)."""
+    monkeypatch.chdir(trained.folder)
+    bags = torch.nn.functional.one_hot(torch.tensor(8), 10).float()
+    look = classifier.Classifier.__call__
+    monkeypatch.setattr(classifier.Classifier, "__call__", lambda *x: (look(*x)[0], bags.repeat(len(x[1]), 1)))
+    asked = ["--class", "bag", "coat", "8", "--guidance_scale", 2]
+    args = arguments(evaluate, *EVALUATION, "--classifier_only", *asked, "--output_dir", tmp_path / "eval")
+    assert evaluate.main(args) == 0
+    report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert report["scores"]["class_accuracy"] == 11 / 16  # images 0, 2, 3, 5, … in batches of six
+    assert report["protocol"]["generated"]["classes"] == ["bag", "coat", "bag"]
+    assert report["protocol"]["generated"]["guidance_scale"] == 2
+    printed = capsys.readouterr().out
+    assert "16 images of bag, coat, bag (guidance 2)" in printed and "68.8%" in printed
 
 
 def test_a_data_set_without_classes_has_no_classifier(trained, one_thread, monkeypatch, capsys, tmp_path):
