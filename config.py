@@ -86,7 +86,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SEED": (lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
     "PRECISION": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
     "DROPOUT": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "CLASS_DROPOUT": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "CLASS_DROPOUT": (lambda v: 0 < v <= 1, "above 0, for the network has to learn to do without, and at most 1"),
     "GUIDANCE_SCALE": (lambda v: 0 <= v <= 100, "from 0 (ignores the class) to 100"),
     "UNET_DIM": (lambda v: v >= 8 and v % 8 == 0, "a positive multiple of 8, the groups of GroupNorm"),
     "UNET_DIM_MULTS": (lambda v: len(v) > 0 and min(v) >= 1, "one or more whole numbers of at least 1"),

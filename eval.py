@@ -42,7 +42,7 @@ from typing import Any
 import torch
 
 from src import classifier, dataset, inception, likelihood, metrics, neighbours, pipeline, report, utils
-from src.distributed import Divided, World
+from src.distributed import World
 
 log = logging.getLogger("eval")
 
@@ -57,6 +57,7 @@ def protocol(
     reference_count: int,
 ) -> dict[str, Any]:
     """All that somebody needs who wants to get the same numbers, but for the networks that see the images."""
+    asked = [settings["classes"][label] for label in generator.classes]
     return {
         "checkpoint": {"file": str(args.checkpoint), "sha256": checkpoint_sha256, "weights": "ema"},
         "generated": {
@@ -64,13 +65,13 @@ def protocol(
             "sampler": generator.sampler,
             "steps": generator.steps,
             **generator.options,
-            "classes": [settings["classes"][label] for label in generator.classes],
+            "classes": asked,
             "guidance_scale": generator.guidance_scale,
             "seed": args.seed,
             "batch_size": args.batch_size,
             "precision": str(generator.precision).removeprefix("torch."),
         },
-        "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count},
+        "reference": {"dataset": settings["dataset"], "split": "test", "images": reference_count, "classes": asked},
         "kernel_distance": {
             "subsets": metrics.KID_SUBSETS,
             "subset_size": min(metrics.KID_SUBSET_SIZE, args.num_samples, reference_count),
@@ -87,10 +88,9 @@ def protocol(
             "flagged_below_quantile": neighbours.RARE,
         },
         "bits_per_dim": {
-            "images": min(BOUND_IMAGES, reference_count),
+            "images": BOUND_IMAGES,
             "timesteps_of_each": min(BOUND_TIMES, settings["time_steps"]),
-            "pixels": "all, the padding too",
-            "precision": "float32",
+            "network": "float32, told no class; all pixels count, the frame's too",
         },
         "device": utils.describe_device(generator.device, generator.precision),
         "versions": {
@@ -108,15 +108,20 @@ def scorers(
     settings: dict[str, Any],
     real: torch.Tensor,
     labels: torch.Tensor,
+    compared: torch.Tensor,
     about: dict[str, Any],
     world: World,
 ) -> list[Scorer]:
-    """All that is to see the generated images, `Neighbours` last; the networks they look through go into `about`."""
+    """All that is to see the generated images, `Neighbours` last; the networks they look through go into `about`.
+
+    `real` are the test images with their `labels`, `compared` those of them that generated images are compared with.
+    """
     device, found = world.device, []
     if not args.classifier_only:
         extractor = inception.Extractor(inception.weights(args.inception_weights)).to(device)
         about["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
-        found.append(metrics.Scores(Divided(extractor, world), metrics.reference_features(real, extractor), args.seed))
+        reference = metrics.reference_features(compared, extractor)
+        found.append(metrics.Scores(metrics.Divided(extractor, world), reference, args.seed))
 
     name, size, channels = (settings[key] for key in ("dataset", "image_size", "channels"))
     training, wanted = dataset.load(name, args.data_path, "train", size, channels)
@@ -128,8 +133,8 @@ def scorers(
             "weights_sha256": network.sha256,
             "test_accuracy": network.accuracy(real, labels),
         }
-        reference = metrics.reference_features(real, network)
-        found.append(classifier.ClassifierScores(Divided(network, world), reference, classes, args.seed))
+        reference = metrics.reference_features(compared, network)
+        found.append(classifier.ClassifierScores(metrics.Divided(network, world), reference, classes, args.seed))
     return [*found, neighbours.Neighbours(training, real)]
 
 
@@ -150,7 +155,8 @@ def bits_per_dim(
     unet: torch.nn.Module, diffusion: Any, real: torch.Tensor, about: dict[str, Any], seed: int
 ) -> dict[str, float]:
     """The variational bound of the first test images, in bits per dimension, and its standard error."""
-    images, times = about["bits_per_dim"]["images"], about["bits_per_dim"]["timesteps_of_each"]
+    about["bits_per_dim"]["images"] = images = min(BOUND_IMAGES, len(real))
+    times = about["bits_per_dim"]["timesteps_of_each"]
     with utils.progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
         bits, error = likelihood.bits_per_dim(unet, diffusion, real[:images], seed, times, 50, bar.update)
     return {"bits_per_dim": bits, "bits_per_dim_error": error}
@@ -171,9 +177,14 @@ def score(args: argparse.Namespace, world: World) -> int:
     if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
         args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
     size, channels = settings["image_size"], settings["channels"]
-    real, labels = dataset.load(settings["dataset"], args.data_path, "test", size, channels)
-    about = protocol(args, sha256, generator, settings, len(real))
-    found = world.main_first(lambda: scorers(args, settings, real, labels, about, world))
+    where = settings["dataset"], args.data_path
+    real, labels = world.main_first(lambda: dataset.load(*where, "test", size, channels))
+    if classes and dataset.classes(*where) != tuple(settings["classes"]):
+        raise errors.SettingError(f"--class: the classes in {args.data_path} are not those of the model")
+    # Images asked to be of some classes are compared with real ones of those.
+    compared = real[torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0]] if classes else real
+    about = protocol(args, sha256, generator, settings, len(compared))
+    found = world.main_first(lambda: scorers(args, settings, real, labels, compared, about, world))
 
     shown, start, count = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter(), 0
     with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:

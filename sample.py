@@ -56,7 +56,7 @@ def write_samples(
     rows, world = len(names) > 1, generator.world  # a row of the grid for each class
     most = len(names) * utils.CLASS_COLUMNS if rows else utils.GRID_IMAGES
     shown = torch.empty(0, *generator.shape, dtype=torch.uint8)  # the images of the grid; all others are let go
-    animated = min(args.num_samples, args.batch_size, utils.GRID_IMAGES)
+    animated = min(args.num_samples, args.batch_size, utils.GRID_IMAGES, most)
     frames: list[Tensor] = []  # of the first batch, as grids
     number, step = itertools.count(), itertools.count(1)  # the bar does not count where it is not shown
     with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="sampling") as bar:

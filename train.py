@@ -46,7 +46,7 @@ from src.monitor import Monitor, Silence, describe
 
 log = logging.getLogger("train")
 
-WEIGHTS_ONLY = ("settings", "epoch", "ema")  # of a state, what sampling needs: a quarter of the size, to hand on
+WEIGHTS_ONLY = ("settings", "epoch", "step", "ema")  # of a state, what sampling needs: a quarter of it, to hand on
 
 
 class Trainer:
@@ -64,15 +64,16 @@ class Trainer:
         self.precision = utils.pick_precision(args.precision, self.device)
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
-        images, labels = dataset.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
+        where = args.dataset, args.data_path
+        images, labels = world.main_first(lambda: dataset.load(*where, "train", args.image_size, args.channels))
         count = dataset.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
 
         self.settings = {name: value for name, value in vars(args).items() if name.upper() in SETTINGS}
-        known = dataset.classes(args.dataset, args.data_path) if args.class_conditional else ()
-        self.settings["classes"] = list(known)
+        self.settings["classes"] = list(dataset.classes(*where)) if args.class_conditional else []
+        self.data = dataset.fingerprint(images, labels)
         model, self.diffusion = pipeline.build(self.settings, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, self.settings)
 
@@ -87,6 +88,7 @@ class Trainer:
         """Everything that the rest of the run depends on, and the settings that rebuild the network."""
         return {
             "settings": {name: value for name, value in self.settings.items() if "path" not in name},
+            "data": self.data,
             **self.learner.state(),
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
@@ -105,6 +107,13 @@ class Trainer:
             )
         for change in noted:
             log.warning("from here on, %s", change)
+        if state.get("data") != self.data or state["settings"].get("classes") != self.settings["classes"]:
+            raise errors.SettingError(
+                f"{path} cannot be resumed: the images or classes in {self.args.data_path} are not those that it was "
+                "trained on. Bring them back, or use other paths for a new run"
+            )
+        if self.args.lr_decay and state["settings"]["epochs"] != self.args.epochs:
+            log.warning("from here on, the learning rate is that of a training of %d epochs", self.args.epochs)
         try:
             self.learner.load(state)
             for name in self.PROGRESS:
@@ -204,6 +213,7 @@ class Trainer:
                 latest = self.save("latest.pth")
                 step = self.learner.steps
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, step, latest)
+                self.world.wait()  # for torchrun ends all as soon as one has left
                 return 128 + stop.number
             except OSError:  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")

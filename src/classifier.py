@@ -77,7 +77,7 @@ def trained(
 ) -> Classifier:
     """The classifier of a training set: trained now, about 2 minutes on a CPU, or found where it was kept.
 
-    On one machine it is the same to the last bit (on a CPU with one number of threads). It is kept in
+    On one machine's CPU, with one number of threads, it is the same to the last bit. It is kept in
     `cache.folder()` unless told otherwise, and found again by the hash of images, labels and recipe.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src import fetch, folder, formats  # whom this file sends for: it only knows which data set needs whom
+from src import cache, fetch, folder, formats  # whom this file sends for: it only knows which data set needs whom
 from src.errors import SettingError  # the one way in which every file tells the user what to mend
 from src.folder import ImageFiles  # what stands in for images that memory cannot hold
 from src.formats import Split  # the two names of a split
@@ -149,6 +149,11 @@ def classes(name: str, root: str | Path) -> tuple[str, ...]:
 def normalise(images: Tensor) -> Tensor:
     """uint8 pixels 0..255 → float32 in [-1, 1], of the same shape."""
     return images.float() / 127.5 - 1
+
+
+def fingerprint(images: Tensor | ImageFiles, labels: Tensor) -> str:
+    """What tells one set of images from another: a SHA-256 of its shape and labels, which holds for files as well."""
+    return cache.key(str(tuple(images.shape)), labels)
 
 
 def training_count(count: int, val_size: int, batch_size: int) -> int:

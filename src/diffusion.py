@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → its prediction of noise or v (B,C,H,W)
+Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → its prediction of `target` (B,C,H,W)
 
 
 def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -7,14 +7,16 @@ there is one process, whose share is everything. Nothing else in this repository
 import logging
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+PATIENCE = timedelta(hours=6)  # with a process that computes what the others wait for, as features of test images
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class World:
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
             logging.disable(logging.NOTSET if self.is_main else logging.WARNING)
         return self
 
@@ -49,12 +51,11 @@ class World:
             dist.destroy_process_group()
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, a multiple of `size`."""
-        part = count // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
+        """This process's part of `count` things; of a multiple of `size`, all have as many."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def equal_share(self, indices: Sequence[int]) -> list[int]:
-        """As `share`, of any number of indices: the last one is repeated until all processes have as many."""
+        """This process's part of any number of indices, of which the last is repeated until all have as many."""
         part = -(-len(indices) // self.size)
         return [indices[min(i, len(indices) - 1)] for i in range(self.rank * part, (self.rank + 1) * part)]
 
@@ -91,27 +92,10 @@ class World:
         self.maximum(0)
 
     def gather(self, part: Tensor) -> Tensor:
-        """The parts (n, ...) of all processes, one after the other, on this process's device: (size · n, ...)."""
+        """The parts (n, ...) of all processes, one after the other: (size · n, ...), where `part` was."""
         if self.size == 1:
             return part
-        part = part.to(self.device).contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part)
-        return torch.cat(parts)
-
-
-class Divided:
-    """An extractor of features (see `metrics.Extractor`) whose work is divided: each process looks at its share.
-
-    In all else it is the extractor itself.
-    """
-
-    def __init__(self, extractor: Any, world: World) -> None:
-        self._extractor, self._world = extractor, world
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self._extractor(images[self._world.equal_share(range(len(images)))])
-        return self._world.gather(features)[: len(images)], self._world.gather(logits)[: len(images)]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._extractor, name)
+        sent = part.to(self.device).contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent)
+        return torch.cat(parts).to(part.device)

@@ -1,7 +1,6 @@
 """What goes wrong in a way the user can mend, and how the scripts say so."""
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -51,8 +50,6 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         status = main()
     except UserError as error:
         message, status = str(error), error.status
-        if status == 2 and os.environ.get("RANK", "0") != "0":  # torchrun's other processes: all found the same
-            sys.exit(status)
     except OSError as error:
         message, status = f"{error}; free space or choose another place", 1
     except ModuleNotFoundError as error:

@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
             nargs="+",
             default=[],
             metavar="CLASS",
-            help="as many images of each of these, by name or number, or of all (default: of none in particular)",
+            help="images of each of these in turn, by name or number, or of all; sample.py makes as many of each "
+            "(default: of none in particular)",
         )
 
     def add_output_dir(self, folder: str) -> None:

@@ -49,7 +49,8 @@ class Learner:
             UserError: the gradient is not finite; weights and average are as before the step.
         """
         settings, batch = self.settings, self.settings["batch_size"]
-        # Every process draws for the whole batch, so that the random numbers are the same however many there are.
+        # Every process draws for the whole batch, so that the random numbers are the same however many there are. (Not
+        # those of DROPOUT, which the network draws for what it is given: there, processes draw alike.)
         mine = self.world.share(batch)
         t = draw_times(batch, self.diffusion.time_steps, settings["time_sampling"], self.device)[mine]  # (b,)
         eps = torch.randn(batch, *x0.shape[1:], device=self.device)[mine]  # (b, C, H, W)
@@ -110,5 +111,5 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
     that the one after the last would have 0. It is a function of the step alone: a resumed run needs no state for it.
     """
     risen = min(1.0, step / max(warmup, 1))
-    to_fall = min(1.0, (steps + 1 - step) / (decay * steps)) if decay > 0 else 1.0
-    return peak * min(risen, to_fall)
+    to_fall = max(0.0, (steps + 1 - step) / (decay * steps)) if decay > 0 else 1.0
+    return peak * min(risen, to_fall, 1.0)

@@ -30,7 +30,7 @@ def bits_per_dim(
     """An unbiased estimate of the bound, and its standard error, in bits per dimension.
 
     Image i has its L_T in closed form and its L_0 from one noise. Of the other terms it has K - 1, where K is
-    `times_per_image`, each with a fresh noise, at the times t_ik with the probabilities p_t of `draw_times`:
+    `times_per_image`, each with a fresh noise, at the times t_ik with the probabilities p_t of `choose_times`:
 
         L(i) ≈ L_T(i) + L_0(i) + 1/(K-1) Σ_k L_{t_ik - 1}(i) / p_{t_ik}
 
@@ -52,7 +52,7 @@ def bits_per_dim(
     n, device = len(images), diffusion.alpha_bar.device
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(n, generator=generator)]  # neighbours in time, compared below, are to be any two
-    times, factors = draw_times(diffusion, n, times_per_image, generator)
+    times, factors = choose_times(diffusion, n, times_per_image, generator)
     nats = prior_kl(diffusion, normalise(images).to(device)).cpu()
     for k in range(times_per_image):
         for rows in torch.arange(n).split(batch_size):
@@ -67,7 +67,7 @@ def bits_per_dim(
     return bits.mean().item(), (bits.diff().square().mean() / 2 / n).sqrt().item()
 
 
-def draw_times(
+def choose_times(
     diffusion: Diffusion, n: int, times_per_image: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Timesteps for n images, (N,K) int64, and the factors (N,K) float64 that make a sum of terms unbiased.

@@ -18,6 +18,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from src import cache  # features of the reference take minutes
+from src.distributed import World  # among whose processes the looking is divided
 from src.neighbours import precision_recall  # one of the scores
 from src.utils import progress  # the one rule of when a bar is shown
 
@@ -38,6 +39,20 @@ class Extractor(Protocol):
     sha256: str  # of the weights; features of another network or other weights cannot be compared
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Divided:
+    """An extractor whose work is divided among processes; in all else it is the extractor itself."""
+
+    def __init__(self, extractor: Extractor, world: World) -> None:
+        self._extractor, self._world = extractor, world
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self._extractor(images[self._world.equal_share(range(len(images)))])
+        return self._world.gather(features)[: len(images)], self._world.gather(logits)[: len(images)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._extractor, name)
 
 
 def reference_features(

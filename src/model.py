@@ -115,7 +115,7 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, eq. 11: from x_t, t and the class y, a prediction of the noise in x_t (or of v).
+    """The network of Ho et al. 2020, eq. 11: from x_t, t and the class y, a prediction of the noise (or of x_0 or v).
 
     Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
     self-attention at the lowest resolution; up again, each level reading beside its input what the level of its

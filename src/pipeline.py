@@ -62,13 +62,13 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
     try:
         unet, diffusion = build(state["settings"], device)
         unet.load_state_dict(state[weights])
-    except (KeyError, RuntimeError) as error:  # settings or weights that this version does not know
+    except (KeyError, RuntimeError, ValueError) as error:  # settings or weights that this version does not know
         raise checkpoint.other_version(path) from error
     return unet.eval().requires_grad_(False), diffusion, state["settings"]
 
 
 def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
-    """The labels of the classes that somebody asked for by name or number; "all" is all that are known, in order.
+    """The labels of the classes that somebody asked for by name or else by number; "all" alone is all, in order.
 
     Raises:
         SettingError: a class is not known, or the model knows none.
@@ -77,10 +77,11 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
         raise SettingError("--class is for models that were trained with classes: this one was told none")
     if list(asked) == ["all"]:
         return list(range(len(known)))
-    labels = {name: label for label, name in enumerate(known)} | {str(label): label for label in range(len(known))}
+    labels = {str(label): label for label in range(len(known))} | {name: label for label, name in enumerate(known)}
     for name in asked:
         if name not in labels:
-            raise SettingError(f"--class {name} is unknown: choose from {', '.join(known)}, their numbers, or all")
+            choice = f"choose from {', '.join(known)} or their numbers, or give all and nothing else"
+            raise SettingError(f"--class {name} is unknown: {choice}")
     return [labels[name] for name in asked]
 
 
@@ -102,13 +103,13 @@ def validation_loss(
     """
     n, device = len(images), next(unet.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    mine = slice(world.rank, None, world.size)  # of a batch; it may be empty
     generator = torch.Generator().manual_seed(seed)
     for first, part in zip(range(0, n, batch_size), images.split(batch_size), strict=True):
         x0 = normalise(part)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
-        if len(t[mine]):
+        mine = world.share(len(t))
+        if len(t[mine]):  # else there are fewer images than processes
             total += diffusion.loss(unet, *(z[mine].to(device) for z in (x0, t, eps))) * len(t[mine])
         on_batch()
     return (world.mean(total) * world.size / n).item()

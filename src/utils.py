@@ -33,6 +33,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingError(f"--device {name} is for one process: with several give cuda, and each takes its own")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")

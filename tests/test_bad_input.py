@@ -44,7 +44,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --adam_beta2 1", 2, "ADAM_BETA2 is 1.0, but must be at least 0 and below 1"),
     ("train.py --accumulate 0", 2, "ACCUMULATE is 0, but must be at least 1"),
     ("train.py --dropout 1", 2, "DROPOUT is 1.0, but must be at least 0 and below 1"),
-    ("train.py --class_dropout -0.1", 2, "CLASS_DROPOUT is -0.1, but must be from 0 to 1"),
+    ("train.py --class_dropout -0.1", 2, "CLASS_DROPOUT is -0.1, but must be above 0"),
     ("train.py --grad_clip 0", 2, "GRAD_CLIP is 0.0, but must be a positive number"),
     ("train.py --grad_clip nan", 2, "GRAD_CLIP is nan, but must be a positive number"),
     ("train.py --ema_decay 1", 2, "EMA_DECAY is 1.0, but must be at least 0 and below 1"),

@@ -100,8 +100,8 @@ def test_a_share_of_the_labels_is_hidden_and_the_others_are_told(quick, monkeypa
     assert torch.equal(seen[~hidden], right[~hidden])
 
 
-def test_dropout_0_hides_none_and_the_plain_model_is_told_none(quick, monkeypatch, saved):
-    assert (told(monkeypatch, quick, "--class_dropout", 0) < 10).all()
+def test_almost_no_dropout_hides_none_and_the_plain_model_is_told_none(quick, monkeypatch, saved):
+    assert (told(monkeypatch, quick, "--class_dropout", 1e-9) < 10).all()
     assert len(saved("run")["settings"]["classes"]) == 10
     assert len(told(monkeypatch, quick, "--no-class_conditional", "--fresh", "--overwrite")) == 0
     assert saved("run")["settings"]["classes"] == []
@@ -226,5 +226,8 @@ def test_classes_are_known_by_name_and_number():
     assert pipeline.pick_classes(["star", "0"], known) == [2, 0]
     assert pipeline.pick_classes(["all"], known) == [0, 1, 2]
     assert pipeline.pick_classes([], known) == pipeline.pick_classes([], []) == []
+    assert pipeline.pick_classes(["1", "0"], ["1", "10", "2"]) == [0, 0]  # names come first: these are digits
+    with pytest.raises(SettingError, match=r"all is unknown.*nothing else"):
+        pipeline.pick_classes(["all", "star"], known)
     with pytest.raises(SettingError, match="this one was told none"):
         pipeline.pick_classes(["all"], [])

@@ -167,7 +167,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
     made = {"images": 16, "sampler": "ddpm", "steps": 5, "seed": 3, "batch_size": 6}
     made |= {"precision": "bfloat16", "classes": [], "guidance_scale": 1.0}
     assert protocol["generated"] == made
-    assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500}
+    assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500, "classes": []}
     assert protocol["extractor"]["weights_sha256"] == weights_sha256
     for package in ("numpy", "torch", "torchvision", "torchmetrics", "torch-fidelity"):
         assert protocol["versions"][package] == version(package)

@@ -33,6 +33,10 @@ def test_decay_over_the_whole_training_is_a_straight_line():
     assert rates(4, 0, 1.0) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
 
 
+def test_after_the_last_step_it_stays_0():
+    assert learning_rate(30, 20, 1.0, 0, 0.5) == 0
+
+
 def test_where_rise_and_fall_overlap_the_lower_counts():
     assert rates(4, 4, 1.0) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
 
@@ -57,7 +61,7 @@ def learner(**changes: object) -> Learner:
         **changes,
     }
     torch.manual_seed(0)
-    model = UNet(image_size=8, dim=16, dim_mults=(1, 2), num_classes=3)
+    model = UNet(image_size=8, dim=16, dim_mults=(1, 2), num_classes=3, dropout=settings.get("dropout", 0.0))
     return Learner(model, Diffusion(50, "cosine", prediction="v"), World(CPU), torch.float32, settings)
 
 
@@ -89,12 +93,13 @@ def test_a_batch_in_parts_is_the_batch(parts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)  # Adam magnifies the rounding of small gradients
 
 
-def test_a_step_from_a_saved_state_is_the_step_that_would_have_been():
-    ours = learner()
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 4}, {"time_sampling": "stratified"}, {"dropout": 0.5}])
+def test_a_step_from_a_saved_state_is_the_step_that_would_have_been(changes):
+    ours = learner(**changes)
     ours.step(IMAGES, LABELS, 1e-3)
     saved = copy.deepcopy(ours.state())
     ours.step(IMAGES, LABELS, 1e-3)
-    other = learner()
+    other = learner(**changes)
     other.load(saved)
     other.step(IMAGES, LABELS, 1e-3)
     assert not differences(ours.state(), other.state())

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from src import likelihood
 from src.dataset import normalise
 from src.diffusion import Diffusion, Network
-from src.likelihood import bits_per_dim, decoder_log_mass, draw_times, posterior_kl, prior_kl
+from src.likelihood import bits_per_dim, choose_times, decoder_log_mass, posterior_kl, prior_kl
 
 SCHEDULES = ["linear", "cosine"]
 PREDICTIONS = ["noise", "v"]
@@ -238,7 +238,7 @@ def test_a_wrong_variance_leads_away_from_the_entropy(wrong, of, monkeypatch):
 @pytest.mark.parametrize(("n", "k"), [(500, 5), (40, 2), (7, 60)])
 def test_times_cover_the_noise_levels_evenly_and_their_factors_undo_the_choice(schedule, n, k):
     diffusion = Diffusion(100, schedule)
-    times, factors = draw_times(diffusion, n, k, torch.Generator().manual_seed(0))
+    times, factors = choose_times(diffusion, n, k, torch.Generator().manual_seed(0))
     assert times.shape == factors.shape == (n, k)
     assert (times[:, 0] == 0).all() and (factors[:, 0] == 1).all()
     assert times[:, 1:].min() >= 1 and times.max() <= 99
@@ -250,7 +250,7 @@ def test_times_cover_the_noise_levels_evenly_and_their_factors_undo_the_choice(s
 
 
 def test_every_time_once_has_no_factors():
-    times, factors = draw_times(Diffusion(20, "cosine"), 3, 20, torch.Generator())
+    times, factors = choose_times(Diffusion(20, "cosine"), 3, 20, torch.Generator())
     assert torch.equal(times, torch.arange(20).expand(3, 20))
     assert (factors == 1).all()
 

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import config
 import train
-from src import checkpoint, errors, lock, utils
+from src import checkpoint, dataset, errors, lock, utils
 from src.distributed import World
 from src.ema import EMA
 from src.interrupt import StopSignals
@@ -144,7 +144,7 @@ def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick,
     save = checkpoint.save
 
     def spy(path: Path, state: dict[str, Any]) -> None:
-        written.append((path.name, state["epoch"], state["best"]))
+        written.append((path.name, state["epoch"], state.get("best")))
         save(path, state)
 
     monkeypatch.setattr(checkpoint, "save", spy)
@@ -158,6 +158,7 @@ def test_latest_is_written_at_every_save_whether_or_not_the_loss_improved(quick,
         ("best.pth", 4, 0.3),
         ("latest.pth", 4, 0.3),
         ("latest.pth", 6, 0.3),  # save_every
+        ("weights.pth", 7, None),
         ("final.pth", 7, 0.3),  # before latest.pth, which says that nothing is left to do
         ("latest.pth", 7, 0.3),  # the last epoch is saved even where it is no multiple of save_every
     ]
@@ -189,7 +190,7 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    parts = "program format settings model ema optimizer rng epoch batch step loss_sum best history"
+    parts = "program format settings data model ema optimizer rng epoch batch step loss_sum best history"
     assert set(state) == set(parts.split())
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
     assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
@@ -497,7 +498,7 @@ def test_the_curves_are_on_disk_before_a_checkpoint_that_counts_their_steps(quic
 
     monkeypatch.setattr(checkpoint, "save", spy)
     quick("run", "--epochs", 1, "--save_minutes", 0)
-    assert behind == [0] * 2 * (STEPS - 1 + 3)  # the steps within the epoch; best, latest and final at its end
+    assert behind == [0] * 2 * (STEPS - 1 + 4)  # the steps within the epoch; best, weights, final, latest at its end
 
 
 def test_a_picture_is_on_disk_before_a_latest_that_counts_its_epoch(quick, tmp_path, monkeypatch):
@@ -664,3 +665,26 @@ def test_a_finished_run_says_so_and_changes_nothing(quick, saved, caplog, monkey
     assert quick("run", "--epochs", 1) == 0
     assert "nothing to do" in caplog.text and "--epochs" in caplog.text
     assert not differences(saved("run"), before)
+
+
+@pytest.mark.parametrize("change", ["order", "number", "classes"])
+def test_a_resume_with_other_data_is_refused(change, quick, failing, monkeypatch):
+    """As when somebody adds pictures to a folder, or renames a class, between two nights."""
+    quick("run", "--epochs", 1)
+    load, names = dataset.load, dataset.classes
+
+    def changed(*where: Any) -> tuple[Tensor, Tensor]:
+        images, labels = load(*where)
+        return (images.flip(0), labels.flip(0)) if change == "order" else (images[1:], labels[1:])
+
+    if change == "classes":
+        monkeypatch.setattr(dataset, "classes", lambda *where: names(*where)[::-1])
+    else:
+        monkeypatch.setattr(dataset, "load", changed)
+    assert "are not those that it was trained on" in failing(2, "run", "--epochs", 2)
+
+
+def test_a_longer_training_says_that_its_learning_rate_is_another(quick, caplog):
+    quick("run", "--epochs", 1, "--lr_decay", 1)
+    quick("run", "--epochs", 2, "--lr_decay", 1)
+    assert "the learning rate is that of a training of 2 epochs" in caplog.text
