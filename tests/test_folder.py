@@ -313,7 +313,7 @@ def test_signals_to_the_whole_group_are_the_main_process_business(coloured, stre
     files, labels = load("folder", coloured, "train", 16)
     expected = list(batches(files, labels, 8, 0, 0, CPU))
     stream = batches(files, labels, 8, 0, 0, CPU)
-    seen = [next(stream)]
+    seen = [next(stream), next(stream)]  # one from each worker: both have come far enough to ignore signals
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:

@@ -239,7 +239,8 @@ def test_ddpm_equals_diffusers(schedule, prediction, time_steps, steps):
     generator = torch.Generator().manual_seed(1)
     for t, x in zip(theirs.timesteps.tolist(), ours, strict=True):
         x_t = theirs.step(wild(x_t, torch.tensor([t])), t, x_t, generator=generator).prev_sample
-        torch.testing.assert_close(x, x_t, rtol=0, atol=4e-4)
+        # `wild` magnifies the rounding of 50 steps, most where it is taken for x_0; a wrong formula is off by 0.1.
+        torch.testing.assert_close(x, x_t, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
