@@ -1,5 +1,6 @@
 """A directory of one's own images: real pictures, written in the formats that people have them in."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -375,4 +376,47 @@ def test_colour_from_files_to_samples(coloured, tmp_path):
     samples = np.stack([np.asarray(Image.open(path)).astype(int) for path in folder.glob("sample_*.png")])
     assert len(samples) == 9
     assert (samples[..., 0] != samples[..., 1]).any()  # colour indeed, and not grey in three channels
-    print("grid of a network that has hardly begun:", folder / "grid.png")
+
+
+def in_colour(picture: np.ndarray) -> str:
+    """A picture (H, W, 3) as terminals show it: every character two pixels, one above the other."""
+    lines = []
+    for upper, lower in zip(picture[0::2], picture[1::2], strict=True):
+        pairs = zip(upper.tolist(), lower.tolist(), strict=True)
+        lines.append("".join("\033[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in pairs) + "\033[0m")
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_one_s_own_pictures_trained_on_sampled_and_scored(clothes, tmp_path, capsys):
+    """The README's three commands on 484 pictures, tinted by class: what is asked for has the class's colour."""
+    images, labels = clothes["train"]
+    tints = dict(zip(dataset.ITEMS, HUES, strict=False))
+    for number in (labels < len(HUES)).nonzero().flatten().tolist():
+        name = dataset.ITEMS[labels[number]]
+        tinted = images[number, 0].numpy()[:, :, None] * tints[name]  # (28, 28, 3)
+        save(tmp_path / f"my_images/{name}/{number}.{'png' if number % 2 else 'jpg'}", tinted, quality=95)
+
+    def run(script: str, flags: str) -> None:
+        done = run_script(script, *flags.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    small = "--unet_dim 16 --unet_dim_mults 1 2 4 --val_size 20 --batch_size 16 --epochs 20 --device cpu"
+    run(
+        "train.py", f"--dataset folder --data_path my_images --image_size 16 --learning_rate 2e-3 {small} --device cpu"
+    )
+    run("sample.py", "--class all --num_samples 40")
+    run("eval.py", "--data_path my_images --class all --num_samples 100 --classifier_only")
+
+    samples = [Image.open(path) for path in sorted((tmp_path / "outputs/samples").glob("sample_*.png"))]
+    rows = np.stack([np.asarray(sample) for sample in samples]).reshape(8, 5, 16, 16, 3).swapaxes(0, 1)  # by class
+    with capsys.disabled():  # a log is where one sees whether these are clothes
+        print("\ncoat, dress, pullover, t-shirt and trouser, after 20 epochs of 416 pictures:")
+        print(in_colour(rows.transpose(0, 2, 1, 3, 4).reshape(5 * 16, 8 * 16, 3)))
+    colours = rows.reshape(40, -1, 3).astype(float).mean(1)  # (40, 3)
+    hues = np.stack([tint for _, tint in sorted(tints.items())])  # folders are classes in the order of their names
+    likeness = colours @ hues.T / np.linalg.norm(colours, axis=1)[:, None] / np.linalg.norm(hues, axis=1)  # cosines
+    nearest = likeness.argmax(1).reshape(5, 8)
+    assert (nearest == np.arange(5)[:, None]).mean() >= 0.9, nearest
+    scores = json.loads((tmp_path / "outputs/eval/metrics.json").read_text())["scores"]
+    assert scores["class_accuracy"] >= 0.9
