@@ -401,10 +401,8 @@ def test_one_s_own_pictures_trained_on_sampled_and_scored(clothes, tmp_path, cap
         done = run_script(script, *flags.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
-    small = "--unet_dim 16 --unet_dim_mults 1 2 4 --val_size 20 --batch_size 16 --epochs 20 --device cpu"
-    run(
-        "train.py", f"--dataset folder --data_path my_images --image_size 16 --learning_rate 2e-3 {small} --device cpu"
-    )
+    small = "--image_size 16 --unet_dim 16 --unet_dim_mults 1 2 4 --batch_size 16 --learning_rate 2e-3 --device cpu"
+    run("train.py", f"--dataset folder --data_path my_images --val_size 20 --epochs 20 {small}")
     run("sample.py", "--class all --num_samples 40")
     run("eval.py", "--data_path my_images --class all --num_samples 100 --classifier_only")
 
