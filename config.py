@@ -48,7 +48,7 @@ TIME_SAMPLING: str = "uniform"  # of training timesteps: uniform, or stratified,
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate
-SAMPLER: str = "ddpm"  # ddpm (ancestral), or deterministic: ddim, or dpmpp_2m (DPM-Solver++, second order)
+SAMPLER: str = "dpmpp_2m_sde"  # with fresh noise in every step: ddpm, dpmpp_2m_sde; deterministic: ddim, dpmpp_2m
 STEPS: int = 0  # network evaluations an image; 0 = 50, or 20 for dpmpp_2m; TIME_STEPS is the most
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
@@ -98,7 +98,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "LOSS_WEIGHT": (lambda v: v in ("uniform", "min_snr"), "uniform or min_snr"),
     "TIME_SAMPLING": (lambda v: v in ("uniform", "stratified"), "uniform or stratified"),
     "NUM_SAMPLES": POSITIVE,
-    "SAMPLER": (lambda v: v in ("ddpm", "ddim", "dpmpp_2m"), "ddpm, ddim or dpmpp_2m"),
+    "SAMPLER": (
+        lambda v: v in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"),
+        "ddpm, ddim, dpmpp_2m or dpmpp_2m_sde",
+    ),
     "STEPS": (lambda v: v >= 0, "at least 1 (or 0 for the sampler's own default)"),
     "ETA": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "INTERP_STEPS": (lambda v: v >= 2, "at least 2, the two ends"),

@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args()
-    if args.interpolate and (args.sampler == "ddpm" or args.eta > 0):
+    if args.interpolate and (args.sampler in ("ddpm", "dpmpp_2m_sde") or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")

@@ -57,23 +57,42 @@ def ddim(
 
 @torch.inference_mode()
 def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM, but with x_0 extrapolated from this step and the last.
-
-    That makes it second-order in h, the jump of λ. The first jump has nothing to extrapolate from, and the one to the
-    clean image has h = ∞: there D is x_0 itself, which makes them DDIM's.
-    """
-    x_t, x0_before, h_before = x_T, None, None
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM, but with x_0 extrapolated to the middle of the jump."""
+    x_t, before = x_T, None
     for t, s in _jumps(diffusion, steps, x_T.device):
-        x0 = D = diffusion.predict_x0(x_t, t, network(x_t, t))
+        x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
-        if x0_before is not None and s[0] >= 0:
-            r = h_before / h
-            D = x0 + (0.5 / r).float() * (x0 - x0_before)
         signal, noise = diffusion.signal_and_noise(s)
         _, noise_before = diffusion.signal_and_noise(t)
-        x_t = noise / noise_before * x_t - signal * torch.expm1(-h).float() * D
-        x0_before, h_before = x0, h
+        x_t = noise / noise_before * x_t - signal * torch.expm1(-h).float() * _extrapolate(x0, h, before)
+        before = x0, h
         yield x_t
+
+
+@torch.inference_mode()
+def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): `ddpm`, but with x_0 extrapolated to the middle of the jump."""
+    x_t, before = x_T, None
+    for t, s in _jumps(diffusion, steps, x_T.device):
+        x0 = diffusion.predict_x0(x_t, t, network(x_t, t))
+        h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
+        x_t = diffusion.posterior_mean(_extrapolate(x0, h, before), x_t, t, s)
+        if s[0] >= 0:
+            x_t = x_t + diffusion.posterior_variance(t, s).sqrt() * draw()
+        before = x0, h
+        yield x_t
+
+
+def _extrapolate(x0: Tensor, h: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The D of Lu et al. 2022, Algorithm 2: x_0 on the line through this step's and the last one's, h / 2 further on.
+
+    That makes a step second-order in h, the jump of λ. The first step has no line yet, and the one to the clean image
+    has h = ∞: both take x_0 as it is.
+    """
+    if before is None or h.isinf():
+        return x0
+    x0_before, h_before = before
+    return x0 + (h / (2 * h_before)).float() * (x0 - x0_before)
 
 
 def _jumps(diffusion: Diffusion, steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -82,4 +101,4 @@ def _jumps(diffusion: Diffusion, steps: int, device: torch.device) -> Iterator[t
         yield torch.tensor([t], device=device), torch.tensor([s], device=device)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde}

@@ -73,7 +73,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --precision float16", 2, "PRECISION is 'float16', but must be auto, float32 or bfloat16"),
     ("train.py --device tpu", 2, "DEVICE is 'tpu', but must be auto, cpu, cuda or cuda:N"),
     ("train.py --dataset imagenet", 2, "imagenet"),
-    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim or dpmpp_2m"),
+    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim, dpmpp_2m or dpmpp_2m_sde"),
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3"),
     # settings that do not go together
     ("train.py --image_size 29 --unet_dim_mults 1 2", 2, "IMAGE_SIZE must be divisible by 2^(levels - 1)"),
@@ -94,7 +94,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
-    ("sample.py --interpolate --sampler ddpm", 2, "--interpolate needs a deterministic sampler"),
+    ("sample.py --interpolate", 2, "--interpolate needs a deterministic sampler"),
     # too much for the data, the machine, or the run that is there
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
     ("train.py --val_size 1000", 2, "too few for --val_size 1000"),

@@ -164,7 +164,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         "sha256": hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest(),
         "weights": "ema",
     }
-    made = {"images": 16, "sampler": "ddpm", "steps": 5, "seed": 3, "batch_size": 6}
+    made = {"images": 16, "sampler": "dpmpp_2m_sde", "steps": 5, "seed": 3, "batch_size": 6}
     made |= {"precision": "bfloat16", "classes": [], "guidance_scale": 1.0}
     assert protocol["generated"] == made
     assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500, "classes": []}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src.diffusion import Diffusion
 from src.pipeline import slerp
-from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, time_grid
+from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
 from src.utils import ImageNoise
 
 SCHEDULES = ["linear", "cosine"]
@@ -173,8 +173,20 @@ def test_doubled_steps_quarter_the_error_of_the_second_order_only(schedule, pred
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_second_order_recovers_the_data(schedule):
-    assert recovers_the_data(law(dpmpp_2m, Diffusion(1000, schedule), 1000))
+@pytest.mark.parametrize("sampler", [dpmpp_2m, dpmpp_2m_sde])
+def test_the_second_order_recovers_the_data(schedule, sampler):
+    assert recovers_the_data(law(sampler, Diffusion(1000, schedule), 1000))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [80, 200])
+def test_the_second_order_needs_far_fewer_steps_to_the_data_s_variance(schedule, prediction, steps):
+    """Jumps of first order take x_0 for as blurred as it was at their start: too little variance is left of it."""
+    diffusion = Diffusion(1000, schedule, prediction=prediction)
+    first, second = (law(sampler, diffusion, steps)[1] / S - 1 for sampler in (ddpm, dpmpp_2m_sde))
+    assert first < -0.05
+    assert abs(second) < 0.22 * abs(first)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -271,15 +283,16 @@ def test_ddim_equals_diffusers(schedule, prediction, time_steps, steps, eta):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40), (1000, 3)])
+@pytest.mark.parametrize(("sampler", "algorithm"), [(dpmpp_2m, "dpmsolver++"), (dpmpp_2m_sde, "sde-dpmsolver++")])
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # their own
-def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps):
+def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps, sampler, algorithm):
     diffusion, x_t, clipped = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8), []
-    ours = dpmpp_2m(wild, diffusion, x_t, never, steps)
+    ours, draw = sampler(wild, diffusion, x_t, stream(2, 1, 8, 8), steps), stream(2, 1, 8, 8)
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=time_steps,
         trained_betas=diffusion.betas.numpy(),
         prediction_type=THEIR_NAME[prediction],
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_order=2,
         solver_type="midpoint",
         final_sigmas_type="zero",
@@ -288,17 +301,18 @@ def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps):
     )
     theirs.set_timesteps(timesteps=[t for t, _ in time_grid(diffusion, steps)])
     for t, x in zip(theirs.timesteps, ours, strict=True):
-        x_t = theirs.step(wild(x_t, t[None]), t, x_t).prev_sample
+        x_t = theirs.step(wild(x_t, t[None]), t, x_t, variance_noise=draw()).prev_sample
         clipped.append((theirs.model_outputs[-1].abs() == 1).float().mean().item())
         torch.testing.assert_close(x, x_t, rtol=0, atol=2e-4)
     assert 0.1 < sum(clipped) / steps < 1  # the test saw clipping
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_dpmpp_2m_begins_and_ends_as_ddim_and_differs_in_between(schedule):
+@pytest.mark.parametrize(("second", "first"), [(dpmpp_2m, ddim), (dpmpp_2m_sde, ddpm)])
+def test_the_second_order_begins_and_ends_as_the_first_and_differs_in_between(schedule, second, first):
     diffusion, x_T = Diffusion(1000, schedule), noise(2, 1, 8, 8)
     for steps, equal in (1, [True]), (2, [True, True]), (5, [True, False, False, False, False]):
-        states = (sampler(wild, diffusion, x_T, never, steps) for sampler in (dpmpp_2m, ddim))
+        states = (sampler(wild, diffusion, x_T, stream(2, 1, 8, 8), steps) for sampler in (second, first))
         assert [torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*states, strict=True)] == equal
 
 
@@ -354,6 +368,10 @@ def test_steps_out_of_range_are_refused(name, steps):
         last(SAMPLERS[name](wild, diffusion, noise(1, 1, 4, 4), never, steps))
 
 
+def test_dpmpp_2m_draws_no_noise():
+    assert last(dpmpp_2m(wild, Diffusion(100, "cosine"), noise(2, 1, 4, 4), never, 20)).isfinite().all()
+
+
 def test_ddim_with_eta_0_draws_no_noise():
     diffusion, x_T = Diffusion(100, "cosine"), noise(2, 1, 4, 4)
     x = last(ddim(wild, diffusion, x_T, never, 20))
@@ -362,7 +380,7 @@ def test_ddim_with_eta_0_draws_no_noise():
         last(ddim(wild, diffusion, x_T, never, 20, eta=0.1))
 
 
-@pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=0.3)])
+@pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=0.3), dpmpp_2m_sde])
 def test_noise_is_drawn_after_every_step_but_the_last(sampler):
     drawn = []
     draw = lambda: drawn.append(1) or torch.zeros(1, 1, 4, 4)  # noqa: E731
