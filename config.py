@@ -44,7 +44,7 @@ BETA_START: float = 1e-4  # first beta of the linear schedule
 BETA_END: float = 0.02  # last beta of the linear schedule
 PREDICTION: str = "v"  # what the network predicts: noise, x0 (the image), or v, a mixture of the two
 LOSS_WEIGHT: str = "uniform"  # of the timesteps: uniform, or min_snr, which counts less where little noise is
-TIME_SAMPLING: str = "uniform"  # of training timesteps: uniform, or stratified, evenly spread over every batch
+TIME_SAMPLING: str = "stratified"  # of training timesteps: stratified, evenly over every batch, or uniform
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate

@@ -418,7 +418,7 @@ SHAPING = [
     ("model", [], ["--no-class_conditional"]),
     ("model", [], ["--class_dropout", "0.5"]),
     ("model", [], ["--loss_weight", "min_snr"]),
-    ("model", [], ["--time_sampling", "stratified"]),
+    ("model", [], ["--time_sampling", "uniform"]),
     ("ema", [], ["--ema_decay", "0.2"]),
     ("model", [], ["--seed", "1"]),
     ("model", [], ["--batch_size", "20"]),
