@@ -6,6 +6,7 @@ import config
 from src import errors, flags
 
 SETTINGS = "NUM_SAMPLES GUIDANCE_SCALE SAMPLER STEPS ETA SEED PRECISION BATCH_SIZE INTERP_STEPS DEVICE".split()
+STOCHASTIC = ("ddpm", "dpmpp_2m_sde")  # samplers with fresh noise in every step
 
 
 def parse_args() -> argparse.Namespace:
@@ -13,11 +14,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_checkpoint()
     parser.add_class()
     parser.add_output_dir("samples")
-    parser.add_argument("--interpolate", action="store_true", help="also morph the first image into the second")
+    parser.add_argument(
+        "--interpolate",
+        action="store_true",
+        help="also morph the first image into the second (sampler: dpmpp_2m, unless ddim is asked for)",
+    )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args()
-    if args.interpolate and (args.sampler in ("ddpm", "dpmpp_2m_sde") or args.eta > 0):
+    if args.interpolate and args.sampler == config.SAMPLER in STOCHASTIC:
+        args.sampler = "dpmpp_2m"  # whoever just wants an interpolation need not know that the default cannot make one
+    if args.interpolate and (args.sampler in STOCHASTIC or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")

@@ -94,7 +94,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
-    ("sample.py --interpolate", 2, "--interpolate needs a deterministic sampler"),
+    ("sample.py --interpolate --sampler ddpm", 2, "--interpolate needs a deterministic sampler"),
     # too much for the data, the machine, or the run that is there
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
     ("train.py --val_size 1000", 2, "too few for --val_size 1000"),

@@ -417,12 +417,18 @@ def test_a_disk_that_fills_up_is_named_even_where_the_system_names_no_file(
     assert "No space left on device" in message and "None" not in message
 
 
-@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], [], ["--sampler", "ddim", "--eta", "0.5"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]], ids=" ".join)
 def test_an_interpolation_with_fresh_noise_is_refused_as_a_mistake_of_usage(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         arguments(sample, "--interpolate", *flags)
     assert stop.value.code == 2
     assert "deterministic" in capsys.readouterr().err
+
+
+def test_an_interpolation_is_by_a_deterministic_sampler_unless_one_is_named():
+    assert arguments(sample, "--interpolate").sampler == "dpmpp_2m"
+    assert arguments(sample, "--interpolate", "--sampler", "ddim").sampler == "ddim"
+    assert arguments(sample).sampler == config.SAMPLER
 
 
 def test_an_impatient_user_gets_one_line_and_status_130(random_model, tmp_path, monkeypatch, capsys):
