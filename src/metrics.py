@@ -66,6 +66,7 @@ def reference_features(
 
     def look() -> dict[str, Tensor]:
         seen = []
+        log.info("looking at %d real images first; what is seen there is kept for the next time", len(images))
         with progress(log, total=len(images), desc="reference images", unit="image") as bar:
             for batch in images.split(batch_size):
                 seen.append(extractor(batch)[0].float().cpu())
