@@ -49,7 +49,7 @@ TIME_SAMPLING: str = "stratified"  # of training timesteps: stratified, evenly o
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate
 SAMPLER: str = "dpmpp_2m_sde"  # with fresh noise in every step: ddpm, dpmpp_2m_sde; deterministic: ddim, dpmpp_2m
-STEPS: int = 0  # network evaluations an image; 0 = 50, of dpmpp_2m_sde 30, of dpmpp_2m 20; TIME_STEPS is the most
+STEPS: int = 0  # of the sampler, TIME_STEPS at most; 0 = its own number: 50, of dpmpp_2m_sde 30, of dpmpp_2m 20
 ETA: float = 0.0  # DDIM's share of fresh noise: 0 = deterministic, 1 = as much as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included
 SAMPLE_BATCH: int = 64  # sample.py's and eval.py's default for --batch_size, whatever a model was trained with

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 
 from src import classifier, dataset, inception, likelihood, metrics, neighbours, pipeline, report, utils
+from src.diffusion import Diffusion
 from src.distributed import World
 
 log = logging.getLogger("eval")
@@ -86,11 +87,6 @@ def protocol(
             "training_images": "all of the train split",
             "test_images": min(neighbours.TEST_IMAGES, reference_count),
             "flagged_below_quantile": neighbours.RARE,
-        },
-        "bits_per_dim": {
-            "images": BOUND_IMAGES,
-            "timesteps_of_each": min(BOUND_TIMES, settings["time_steps"]),
-            "network": "float32, told no class; all pixels count, the frame's too",
         },
         "device": utils.describe_device(generator.device, generator.precision),
         "versions": {
@@ -151,12 +147,32 @@ def collect(found: list[Scorer], about: dict[str, Any]) -> dict[str, Any]:
     return results | {"notes": notes}
 
 
+def generate(args: argparse.Namespace, generator: pipeline.Generator, found: list[Scorer]) -> torch.Tensor:
+    """Generate NUM_SAMPLES images, let every scorer see each, and keep but the first (64, C, H, W) for the grid."""
+    shown, count = torch.empty(0, *generator.shape, dtype=torch.uint8), 0
+    with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
+
+        def on_step(x_t: torch.Tensor) -> None:
+            bar.update(len(x_t) * generator.world.size / generator.steps)
+
+        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
+            for scorer in found:
+                scorer.update(batch, generator.labels(range(count, count + len(batch))))
+            count += len(batch)
+            shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]
+    return shown
+
+
 def bits_per_dim(
-    unet: torch.nn.Module, diffusion: Any, real: torch.Tensor, about: dict[str, Any], seed: int
+    unet: torch.nn.Module, diffusion: Diffusion, real: torch.Tensor, about: dict[str, Any], seed: int
 ) -> dict[str, float]:
-    """The variational bound of the first test images, in bits per dimension, and its standard error."""
-    about["bits_per_dim"]["images"] = images = min(BOUND_IMAGES, len(real))
-    times = about["bits_per_dim"]["timesteps_of_each"]
+    """The variational bound of the first test images, in bits per dimension, and its error; `about` learns how."""
+    images, times = min(BOUND_IMAGES, len(real)), min(BOUND_TIMES, diffusion.time_steps)
+    about["bits_per_dim"] = {
+        "images": images,
+        "timesteps_of_each": times,
+        "network": "float32, told no class; all pixels count, the frame's too",
+    }
     with utils.progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
         bits, error = likelihood.bits_per_dim(unet, diffusion, real[:images], seed, times, 50, bar.update)
     return {"bits_per_dim": bits, "bits_per_dim_error": error}
@@ -171,8 +187,9 @@ def score(args: argparse.Namespace, world: World) -> int:
         unet, diffusion, args.sampler, args.steps, args.eta, precision, world, classes, args.guidance_scale
     )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    where = utils.describe_device(world.device, precision)
-    log.info("%s on %s: scoring %d images, %s", args.checkpoint, where, args.num_samples, generator.sampler)
+    machine = utils.describe_device(world.device, precision)
+    how = args.num_samples, generator.sampler, generator.steps
+    log.info("%s on %s: scoring %d images, %s, %d steps", args.checkpoint, machine, *how)
 
     if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
         args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
@@ -185,18 +202,11 @@ def score(args: argparse.Namespace, world: World) -> int:
     compared = real[torch.isin(labels, torch.tensor(classes)).nonzero()[:, 0]] if classes else real
     about = protocol(args, sha256, generator, settings, len(compared))
     found = world.main_first(lambda: scorers(args, settings, real, labels, compared, about, world))
+    networks = [about[name]["weights_sha256"] for name in ("extractor", "classifier") if name in about]
+    world.agree([sha256, *networks], "the checkpoint or in the networks that look at images")
 
-    shown, start, count = torch.empty(0, *generator.shape, dtype=torch.uint8), time.perf_counter(), 0
-    with utils.progress(log, total=args.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
-
-        def on_step(x_t: torch.Tensor) -> None:
-            bar.update(len(x_t) * world.size / generator.steps)
-
-        for batch in generator.generate(args.seed, args.num_samples, args.batch_size, on_step):
-            for scorer in found:
-                scorer.update(batch, generator.labels(range(count, count + len(batch))))
-            count += len(batch)
-            shown = torch.cat([shown, batch])[: utils.GRID_IMAGES]  # all others are let go
+    start = time.perf_counter()
+    shown = generate(args, generator, found)
     seconds = time.perf_counter() - start
     if not world.is_main:
         return 0

@@ -17,13 +17,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--interpolate",
         action="store_true",
-        help="also morph the first image into the second (sampler: dpmpp_2m, unless ddim is asked for)",
+        help="also morph the first image into the second; all images are then dpmpp_2m's, unless ddim is asked for",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args()
-    if args.interpolate and args.sampler == config.SAMPLER in STOCHASTIC:
-        args.sampler = "dpmpp_2m"  # whoever just wants an interpolation need not know that the default cannot make one
+    if args.interpolate and config.SAMPLER in STOCHASTIC:  # a default only: a sampler that is named has its way
+        parser.set_defaults(sampler="dpmpp_2m")
+        args = parser.parse_args()
     if args.interpolate and (args.sampler in STOCHASTIC or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):

@@ -89,6 +89,7 @@ class Trainer:
         return {
             "settings": {name: value for name, value in self.settings.items() if "path" not in name},
             "data": self.data,
+            "precision": str(self.precision),  # which "auto" does not tell
             **self.learner.state(),
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
@@ -112,6 +113,8 @@ class Trainer:
                 f"{path} cannot be resumed: the images or classes in {self.args.data_path} are not those that it was "
                 "trained on. Bring them back, or use other paths for a new run"
             )
+        if (before := state.get("precision", str(self.precision))) != str(self.precision):
+            log.warning("from here on, the network computes in %s, not in %s as before", self.precision, before)
         if self.args.lr_decay and state["settings"]["epochs"] != self.args.epochs:
             log.warning("from here on, the learning rate is that of a training of %d epochs", self.args.epochs)
         try:
@@ -228,11 +231,12 @@ def main(args: argparse.Namespace) -> int:
     with World(utils.pick_device(args.device)) as world, lock.hold(directory) if world.is_main else nullcontext():
         trainer = Trainer(args, world)
         earlier = checkpoint.of_run(directory)
-        world.wait()  # all have looked: now the files may change
-        if not args.fresh and earlier:
+        world.agree(trainer.data, "the training images")  # and all have looked: now the files may change
+        if earlier and not args.fresh:
             trainer.resume(earlier[0])
         elif world.is_main:  # only now: a run that cannot start must not cost the old one
-            checkpoint.clear(earlier, args.overwrite)
+            checkpoint.clear(directory, args.overwrite)
+        world.agree(trainer.learner.steps, "the checkpoint to resume from")
         log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
         if trainer.epoch >= args.epochs:
             log.info("nothing to do: %d epochs are done; raise --epochs, or start anew with --fresh", trainer.epoch)

@@ -92,12 +92,14 @@ def of_run(directory: Path) -> list[Path]:
     return [path for path in paths if os.path.lexists(path)]  # a dangling link is a lost file, not an absent one
 
 
-def clear(earlier: list[Path], overwrite: bool) -> None:
-    """Make room for a fresh run: delete the checkpoints of an earlier one, if the user said to; else raise."""
-    if earlier and not overwrite:
-        names = ", ".join(map(str, earlier))
-        raise SettingError(f"--fresh would lose {names}: add --overwrite, or give other paths")
-    for path in earlier:
+def clear(directory: Path, overwrite: bool) -> None:
+    """Make room for a new run: delete what an earlier one left in `directory`, if the user said to; else raise."""
+    weights = directory / "weights.pth"  # nothing to resume from, but somebody's model
+    left = [*of_run(directory), *([weights] if os.path.lexists(weights) else [])]
+    if left and not overwrite:
+        names = ", ".join(map(str, left))
+        raise SettingError(f"a new run would lose {names}: add --fresh --overwrite, or give other paths")
+    for path in left:
         path.unlink()
 
 

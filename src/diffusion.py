@@ -37,7 +37,8 @@ def draw_times(count: int, time_steps: int, how: str, device: torch.device | str
     """Timesteps to train on, (count,) int64, each uniform from 0 to T - 1, from torch's global generator.
 
     "uniform" draws them one by one. "stratified" draws one from each of `count` equal parts of the range: every batch
-    sees them all, and its loss varies less from batch to batch (Kingma et al. 2021, appendix I.1).
+    sees them all, and its loss varies less from batch to batch (akin to Kingma et al. 2021, appendix I.1, where the
+    parts share one offset).
     """
     if how == "uniform":
         return torch.randint(time_steps, (count,), device=device)

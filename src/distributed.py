@@ -6,7 +6,9 @@ there is one process, whose share is everything. Nothing else in this repository
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from src.errors import UserError  # files that differ between machines are something the user can mend
 
 PATIENCE = timedelta(hours=6)  # with a process that computes what the others wait for, as features of test images
 T = TypeVar("T")
@@ -63,6 +67,10 @@ class World:
         """The same network; if there are others, its gradients will be the mean over all processes."""
         return DistributedDataParallel(network) if self.size > 1 else network
 
+    def alone(self, network: nn.Module) -> AbstractContextManager[None]:
+        """A context in which a wrapped network's gradients are summed up by themselves, for the next one to send."""
+        return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
         if self.size == 1:
@@ -77,6 +85,15 @@ class World:
         largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
+
+    def agree(self, value: object, what: str) -> None:
+        """Raise UserError, in every process, unless all have the same value; `what` says in words what it stands for.
+
+        Several machines have several disks, and gradients of different weights or images would be averaged unseen.
+        """
+        number = zlib.crc32(repr(value).encode())
+        if self.maximum(number) != -self.maximum(-number):
+            raise UserError(f"the processes differ in {what}: all machines must have the same files")
 
     def main_first(self, make: Callable[[], T]) -> T:
         """What `make` returns, called by the main process and then by the others, who find what it left on disk."""

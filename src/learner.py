@@ -58,9 +58,12 @@ class Learner:
         y = y.masked_fill(hidden, self.model.no_class)  # Ho & Salimans 2022, Algorithm 1
 
         self.optimizer.zero_grad()
+        *parts, last = zip(*(z.chunk(settings["accumulate"]) for z in (x0, y, t, eps)), strict=True)
         loss = torch.zeros((), device=self.device)
-        for part in zip(*(z.chunk(settings["accumulate"]) for z in (x0, y, t, eps)), strict=True):
-            loss += self.backward(*part)
+        with self.world.alone(self.network):  # gradients travel between processes once a step, with the last part
+            for part in parts:
+                loss += self.backward(*part)
+        loss += self.backward(*last)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings["grad_clip"])
         if not norm.isfinite():  # clipping has spread it to every gradient: the step would ruin the weights
             raise UserError(

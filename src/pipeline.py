@@ -201,8 +201,8 @@ class Generator:
             with autocast(self.device, self.precision):
                 if y is None or self.guidance_scale == 1:
                     return self.unet(x_t, t, y).float()  # (B, C, H, W)
-                untold = torch.full_like(y, self.unet.no_class)
-                both = self.unet(torch.cat([x_t, x_t]), t, torch.cat([y, untold])).float()  # (2B, C, H, W)
+                no_class = torch.full_like(y, self.unet.no_class)
+                both = self.unet(torch.cat([x_t, x_t]), t, torch.cat([y, no_class])).float()  # (2B, C, H, W)
             told, untold = both.chunk(2)
             return untold + self.guidance_scale * (told - untold)  # Ho & Salimans 2022, eq. 6, with scale = 1 + w
 

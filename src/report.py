@@ -5,12 +5,12 @@ from typing import Any
 MISSING = "unavailable"
 # What a row is called; the names of its score and of its deviation, through Inception and through the classifier.
 ROWS = [
-    ("Fréchet distance (lower is better)", ("fid",), ("classifier_fd",), ".2f"),
-    ("kernel distance (lower)", ("kid_mean", "kid_std"), ("classifier_kd_mean", "classifier_kd_std"), ".4f"),
+    ("Fréchet distance, FID (lower)", ("fid",), ("classifier_fd",), ".2f"),
+    ("kernel distance, KID (lower)", ("kid_mean", "kid_std"), ("classifier_kd_mean", "classifier_kd_std"), ".4f"),
     ("precision (higher: convincing)", ("precision",), ("classifier_precision",), ".3f"),
     ("recall (higher: varied)", ("recall",), ("classifier_recall",), ".3f"),
     (
-        "exp E KL (higher)",
+        "exp E KL, Inception Score (higher)",
         ("inception_score_mean", "inception_score_std"),
         ("classifier_score_mean", "classifier_score_std"),
         ".3f",
@@ -61,7 +61,7 @@ def _facts(scores: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str
         ),
         (
             "suspiciously near",
-            f"{scores['nearest_flagged']:.1%} of images, below {scores['nearest_threshold']:.2f} (1% of test images)",
+            f"{scores['nearest_flagged']:.2%} of images, below {scores['nearest_threshold']:.2f} (1% of test images)",
         ),
         (
             "generated",

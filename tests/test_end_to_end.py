@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, arguments, differences, read_png, read_samples, run_script
+from conftest import ENVIRONMENT, ROOT, arguments, differences, read_png, read_samples, run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import config
 import eval as evaluate
-from src import checkpoint, classifier, dataset, inception
+from src import checkpoint, classifier, dataset, inception, pipeline
 
 # What the fixture `trained` did: 400 images in batches of 50, four epochs, stopped after two.
 STEPS, EPOCHS = 8, 4
@@ -239,7 +240,7 @@ def test_without_inception_the_classifier_scores_alone(trained, one_thread, monk
     assert "fid" not in scores and "bits_per_dim" not in scores and "extractor" not in report["protocol"]
     assert scores["classifier_fd"] > 0 and f"{scores['classifier_fd']:.2f}" in printed
     assert (scores["num_images"], scores["num_reference_images"]) == (16, 500)
-    assert "Inception" not in printed
+    assert printed.split()[:1] == ["classifier"]  # the one column
 
 
 def test_images_asked_to_be_of_a_class_are_scored_by_it(trained, one_thread, monkeypatch, capsys, tmp_path):
@@ -286,3 +287,14 @@ def test_eval_scores_the_trained_model_with_the_real_inception(trained, tmp_path
         assert any("Inception Score" in note for note in scores["notes"])
         assert "unavailable" in done.stdout
     assert not re.search(r"\r|\x1b", done.stderr), "debris of a progress bar"
+
+
+def test_the_published_scores_are_of_the_bundled_weights_by_the_default_sampler():
+    published = json.loads((ROOT / "weights/metrics-10000.json").read_text())
+    weights = (ROOT / "weights/fashion-mnist.pth").read_bytes()
+    assert published["protocol"]["checkpoint"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    made, default = published["protocol"]["generated"], pipeline.DEFAULT_STEPS[config.SAMPLER]
+    assert (made["sampler"], made["steps"], made["seed"]) == (config.SAMPLER, default, config.SEED)
+    fid = f"{published['scores']['fid']:.2f}"
+    assert f"FID-10k {fid} " in (ROOT / "weights/README.md").read_text()
+    assert f"| FID-10k | {fid} |" in (ROOT / "README.md").read_text()

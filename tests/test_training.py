@@ -190,7 +190,7 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    parts = "program format settings data model ema optimizer rng epoch batch step loss_sum best history"
+    parts = "program format settings data precision model ema optimizer rng epoch batch step loss_sum best history"
     assert set(state) == set(parts.split())
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
     assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
@@ -582,6 +582,18 @@ def test_fresh_with_overwrite_starts_anew(quick, saved, once):
     assert not differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
 
 
+def test_weights_alone_are_not_lost_to_a_new_run_either(quick, failing, saved, tmp_path):
+    quick("run", "--epochs", 1, "--seed", 1)
+    weights, before = tmp_path / "run/checkpoint/weights.pth", saved("run", "weights.pth")
+    for path in checkpoint.of_run(weights.parent):
+        path.unlink()
+    for flags in ([], ["--fresh"]):
+        assert f"would lose {weights}" in failing(2, "run", "--epochs", 1, *flags)
+        assert not differences(saved("run", "weights.pth"), before)
+    assert quick("run", "--epochs", 1, "--fresh", "--overwrite") == 0
+    assert differences(saved("run", "weights.pth"), before)
+
+
 def test_fresh_with_overwrite_deletes_nothing_if_the_new_run_cannot_start(quick, failing, saved, tmp_path):
     quick("run", "--epochs", 1)
     before = saved("run")
@@ -682,6 +694,17 @@ def test_a_resume_with_other_data_is_refused(change, quick, failing, monkeypatch
     else:
         monkeypatch.setattr(dataset, "load", changed)
     assert "are not those that it was trained on" in failing(2, "run", "--epochs", 2)
+
+
+def test_a_resumed_run_says_that_it_computes_in_another_precision(quick, caplog, monkeypatch):
+    """PRECISION auto is the same setting everywhere, and something else on another processor."""
+    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.bfloat16)
+    quick("run", "--epochs", 1)
+    quick("run", "--epochs", 2)
+    assert "computes in" not in caplog.text
+    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.float32)
+    quick("run", "--epochs", 3)
+    assert "computes in torch.float32, not in torch.bfloat16 as before" in caplog.text
 
 
 def test_a_longer_training_says_that_its_learning_rate_is_another(quick, caplog):
