@@ -59,7 +59,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 def describe_device(device: torch.device, precision: torch.dtype) -> str:
     """One line for people: which device, and in which precision the network computes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{device} ({name}), {str(precision).removeprefix('torch.')}"
 
 
