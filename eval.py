@@ -47,6 +47,7 @@ from src.distributed import World
 
 log = logging.getLogger("eval")
 
+TRUSTED = 0.8  # accuracy of a classifier whose scores mean something
 BOUND_IMAGES, BOUND_TIMES = 1000, 3  # test images whose bits per dimension are estimated, and timesteps for each
 
 
@@ -141,6 +142,8 @@ def collect(found: list[Scorer], about: dict[str, Any]) -> dict[str, Any]:
         scores = scorer.compute()
         notes += scores.pop("notes")
         results |= scores
+    if about.get("classifier", {}).get("test_accuracy", 1) < TRUSTED:
+        notes.append("The classifier is wrong too often, on real images, for its scores to mean much.")
     if "classifier" not in about:
         results |= dict.fromkeys(classifier.SCORES)
         notes.append("There is no classifier: the data set has no classes to tell apart.")

@@ -102,6 +102,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
     how = args.num_samples, of, args.sampler, generator.steps
     log.info("%s on %s: %d images%s, %s, %d steps", args.checkpoint, where, *how)
 
+    earlier = {path: path.stat().st_mtime_ns for path in directory.glob("sample_*.png")}
     write_samples(generator, args, directory, names)
     if args.interpolate and world.is_main:
         strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
@@ -109,6 +110,9 @@ def sample(args: argparse.Namespace, world: World) -> int:
 
     extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
     log.info("wrote grid.png, %d images%s to %s", args.num_samples, extras, directory)
+    left = sum(path.stat().st_mtime_ns == written for path, written in earlier.items())
+    if left and world.size == 1:  # else others may be writing still
+        log.warning("%d images of an earlier run are still there, too", left)
     return 0
 
 

@@ -104,7 +104,8 @@ class Trainer:
         refused, noted = flags.changed_settings(config, state["settings"], vars(self.args))
         if refused:
             raise errors.SettingError(
-                f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or other paths for a new run"
+                f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "
+                "other paths (--checkpoint_path, --output_path, --log_path)"
             )
         for change in noted:
             log.warning("from here on, %s", change)
@@ -221,7 +222,8 @@ class Trainer:
             except OSError:  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")
                 raise
-        log.info("done; next: sample.py or eval.py, with --checkpoint %s", Path(args.checkpoint_path, "best.pth"))
+        best = Path(args.checkpoint_path, "best.pth")
+        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", best, args.data_path)
         return 0
 
 
@@ -239,7 +241,8 @@ def main(args: argparse.Namespace) -> int:
         world.agree(trainer.learner.steps, "the checkpoint to resume from")
         log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
         if trainer.epoch >= args.epochs:
-            log.info("nothing to do: %d epochs are done; raise --epochs, or start anew with --fresh", trainer.epoch)
+            how = "raise --epochs, or start anew with --fresh --overwrite"
+            log.info("nothing to do: %d epochs are done; %s", trainer.epoch, how)
             return 0
         return trainer.run()
 

@@ -57,9 +57,9 @@ def load(path: Path) -> dict[str, Any]:
             its weights are not finite.
     """
     if not path.is_file():
+        there = next(filter(Path.is_file, of_run(path.parent)), "weights/fashion-mnist.pth")
         raise UserError(
-            f"no checkpoint at {path}: train one with python train.py, or give a file "
-            "that is there, such as weights/fashion-mnist.pth"
+            f"no checkpoint at {path}: train one with python train.py, or give a file that is there, such as {there}"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -67,12 +67,12 @@ def load(path: Path) -> dict[str, Any]:
             odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type != zipfile.ZIP_STORED]
             damaged = odd[0] if odd else archive.testzip()  # torch.load checks no CRC: a flipped bit is a wrong weight
         if damaged is not None:
-            raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or delete it")
+            raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or move it away")
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: no code runs from the file
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no checkpoint, or a truncated one: restore it from a copy or delete it") from error
+        raise UserError(f"{path} is no checkpoint, or a truncated one: give another file, or move it away") from error
     except (EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or delete it") from error
+        raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or move it away") from error
     if not isinstance(state, dict) or state.get("program") != PROGRAM:
         raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
     version = state.get("format")

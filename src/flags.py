@@ -5,6 +5,7 @@ The module is handed in as `config`. Beside its constants it has RULES, RELATION
 """
 
 import argparse
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,10 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
+        """Exit with status 2 and one line, which says what an unknown flag may have been meant for."""
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = difflib.get_close_matches("".join(unknown[:1]), re.findall(r"--\w+", self.format_usage()), 1)
+        message += "".join(f"; did you mean {flag}?" for flag in meant)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 

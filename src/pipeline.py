@@ -77,12 +77,18 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
         raise SettingError("--class is for models that were trained with classes: this one was told none")
     if list(asked) == ["all"]:
         return list(range(len(known)))
-    labels = {str(label): label for label in range(len(known))} | {name: label for label, name in enumerate(known)}
-    for name in asked:
-        if name not in labels:
+    labels = {str(label): label for label in range(len(known))} | {_plain(name): i for i, name in enumerate(known)}
+    labels |= {name: label for label, name in enumerate(known)}  # exactly so, before any other spelling
+    found = [labels.get(name, labels.get(_plain(name))) for name in asked]
+    for name, label in zip(asked, found, strict=True):
+        if label is None:
             choice = f"choose from {', '.join(known)} or their numbers, or give all and nothing else"
             raise SettingError(f"--class {name} is unknown: {choice}")
-    return [labels[name] for name in asked]
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "-").replace("_", "-")
 
 
 @torch.inference_mode()

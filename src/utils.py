@@ -197,6 +197,8 @@ def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path)
     axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights, held-out images")
     axes.set(xlabel="epoch", ylabel="mean squared error of the prediction", yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(train) == 1:
+        axes.set_xlim(0, 2)  # one point has no width to choose the ticks by
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -224,6 +224,8 @@ def test_without_class_it_asks_for_none(draw, unet, tmp_path, monkeypatch):
 def test_classes_are_known_by_name_and_number():
     known = ["circle", "square", "star"]
     assert pipeline.pick_classes(["star", "0"], known) == [2, 0]
+    assert pipeline.pick_classes(["T-shirt", "ankle boot"], ["ankle-boot", "t-shirt"]) == [1, 0]
+    assert pipeline.pick_classes(["a", "A"], ["A", "a"]) == [1, 0]  # a folder's may differ so little
     assert pipeline.pick_classes(["all"], known) == [0, 1, 2]
     assert pipeline.pick_classes([], known) == pipeline.pick_classes([], []) == []
     assert pipeline.pick_classes(["1", "0"], ["1", "10", "2"]) == [0, 0]  # names come first: these are digits

@@ -183,6 +183,14 @@ def test_batch_size_is_how_many_images_are_made_at_a_time(draw, monkeypatch):
     assert [len(x_T) for x_T in seen] == [3, 3, 1]
 
 
+def test_images_of_an_earlier_run_are_left_and_said(draw, caplog):
+    folder = draw("again", "--num_samples", 5, "--steps", 1)
+    draw("again", "--num_samples", 5, "--steps", 1)
+    assert "earlier run" not in caplog.text  # all were replaced
+    draw("again", "--num_samples", 2, "--steps", 1)
+    assert "3 images of an earlier run" in caplog.text and len(list(folder.glob("sample_*.png"))) == 5
+
+
 def test_num_samples_and_output_dir_say_how_many_images_and_where(draw):
     folder = draw("a new/folder", "--num_samples", 5, "--steps", 1)
     assert sorted(path.name for path in folder.iterdir()) == ["grid.png", *(f"sample_{i:05d}.png" for i in range(5))]

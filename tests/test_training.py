@@ -668,6 +668,14 @@ def test_a_link_that_leads_nowhere_is_no_reason_to_start_anew(failing, tmp_path)
     assert "no checkpoint at" in failing(1, "run", "--epochs", 1)
 
 
+def test_where_best_pth_is_not_yet_there_another_checkpoint_of_the_run_is_named(quick, tmp_path):
+    quick("run", "--epochs", 1)
+    best = tmp_path / "run/checkpoint/best.pth"
+    best.unlink()
+    with pytest.raises(errors.UserError, match=f"such as {best.parent}/latest.pth"):
+        checkpoint.load(best)
+
+
 def test_a_finished_run_says_so_and_changes_nothing(quick, saved, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     quick("run", "--epochs", 1)
