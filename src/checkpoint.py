@@ -95,7 +95,7 @@ def of_run(directory: Path) -> list[Path]:
 def clear(directory: Path, overwrite: bool) -> None:
     """Make room for a new run: delete what an earlier one left in `directory`, if the user said to; else raise."""
     weights = directory / "weights.pth"  # nothing to resume from, but somebody's model
-    left = [*of_run(directory), *([weights] if os.path.lexists(weights) else [])]
+    left = of_run(directory) + [weights] * os.path.lexists(weights)
     if left and not overwrite:
         names = ", ".join(map(str, left))
         raise SettingError(f"a new run would lose {names}: add --fresh --overwrite, or give other paths")

@@ -88,6 +88,7 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
 
 
 def _plain(name: str) -> str:
+    """A name as people may spell it: without capitals, spaces or underscores."""
     return name.lower().replace(" ", "-").replace("_", "-")
 
 
