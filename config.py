@@ -31,6 +31,7 @@ COMPILE: bool = False  # of training: let torch.compile fuse the network; costs 
 # U-Net
 UNET_DIM: int = 32  # channels at full resolution
 UNET_DIM_MULTS: list[int] = [1, 2, 4, 8]  # channels of each level, as multiples of UNET_DIM
+ENCODER_ATTENTION: bool = True  # self-attention at 16×16 and 8×8 on the way down, too, not only on the way up
 
 # Classes
 CLASS_CONDITIONAL: bool = True  # tell the network the class of an image, so that it can be asked for one

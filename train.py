@@ -7,8 +7,8 @@ from src import errors, flags
 
 SETTINGS = """
     DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 ACCUMULATE
-    EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS CLASS_CONDITIONAL CLASS_DROPOUT
-    TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA
+    EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS ENCODER_ATTENTION
+    CLASS_CONDITIONAL CLASS_DROPOUT TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA
     SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
 """.split()
 
@@ -101,7 +101,8 @@ class Trainer:
             raise errors.UserError(
                 f"{path} holds no training to resume: move it away, or give another --checkpoint_path"
             )
-        refused, noted = flags.changed_settings(config, state["settings"], vars(self.args))
+        settings = pipeline.UNRECORDED | state["settings"]
+        refused, noted = flags.changed_settings(config, settings, vars(self.args))
         if refused:
             raise errors.SettingError(
                 f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "
@@ -109,14 +110,14 @@ class Trainer:
             )
         for change in noted:
             log.warning("from here on, %s", change)
-        if state.get("data") != self.data or state["settings"].get("classes") != self.settings["classes"]:
+        if state.get("data") != self.data or settings.get("classes") != self.settings["classes"]:
             raise errors.SettingError(
                 f"{path} cannot be resumed: the images or classes in {self.args.data_path} are not those that it was "
                 "trained on. Bring them back, or use other paths for a new run"
             )
         if (before := state.get("precision", str(self.precision))) != str(self.precision):
             log.warning("from here on, the network computes in %s, not in %s as before", self.precision, before)
-        if self.args.lr_decay and state["settings"]["epochs"] != self.args.epochs:
+        if self.args.lr_decay and settings["epochs"] != self.args.epochs:
             log.warning("from here on, the learning rate is that of a training of %d epochs", self.args.epochs)
         try:
             self.learner.load(state)

@@ -99,16 +99,18 @@ class Attention(nn.Module):
         return x + self.out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
 
 
-class UpLevel(nn.Module):
-    """One resolution on the way up: a ResNet block and, at 16×16 and 8×8, self-attention.
+def attention_at(resolution: int, channels: int) -> nn.Module:
+    """Self-attention on the maps of ATTENTION_RESOLUTIONS, nothing on others."""
+    return Attention(channels) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
 
-    Only on the way up, where the whole image has been seen already: on the way down it cost time and gained nothing.
-    """
+
+class UpLevel(nn.Module):
+    """One resolution on the way up: a ResNet block and, at 16×16 and 8×8, self-attention."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
         super().__init__()
         self.block = ResnetBlock(c_in, c_out, time_width, resolution, dropout)
-        self.attention = Attention(c_out) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
+        self.attention = attention_at(resolution, c_out)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.attention(self.block(x, emb))  # (B, c_out, H, W)
@@ -120,7 +122,7 @@ class UNet(nn.Module):
     Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
     self-attention at the lowest resolution; up again, each level reading beside its input what the level of its
     resolution wrote on the way down. With the default arguments: levels of 32×32×32, 64×16×16, 128×8×8 and
-    256×4×4, and 2.2 million parameters.
+    256×4×4, and 2.3 million parameters.
 
     Args:
         image_size: height and width of the images, divisible by 2^(levels - 1).
@@ -128,7 +130,8 @@ class UNet(nn.Module):
         dim: channels of the first level, a multiple of NORM_GROUPS.
         dim_mults: channels of each level, as multiples of `dim`.
         num_classes: how many classes y may name; 0 for the plain model, which knows of none.
-        dropout: share of the hidden values that each ResNet block forgets in training.
+        dropout: dropout probability in each ResNet block.
+        encoder_attention: self-attention on the way down, too; without it, only on the way up and in the middle.
 
     Attributes:
         no_class: the y that tells nothing, one above the classes.
@@ -142,6 +145,7 @@ class UNet(nn.Module):
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         num_classes: int = 0,
         dropout: float = 0.0,
+        encoder_attention: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.channels, self.no_class = image_size, channels, num_classes
@@ -156,6 +160,9 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(
             ResnetBlock(c_in, c, time_width, size, dropout)
             for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
+        )
+        self.down_attention = nn.ModuleList(
+            attention_at(size, c) if encoder_attention else nn.Identity() for c, size in zip(widths, sizes, strict=True)
         )
         self.downsample = nn.ModuleList(nn.Conv2d(upper, upper, 3, stride=2, padding=1) for upper, _ in pairs)
         self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1], dropout)
@@ -183,8 +190,10 @@ class UNet(nn.Module):
         h = self.conv_in(x_t)  # (B, dim, H, W)
 
         skips = []
-        for level, downsample in zip(self.down, [*self.downsample, None], strict=True):
-            h = level(h, emb)  # (B, width, H, W)
+        for block, attention, downsample in zip(
+            self.down, self.down_attention, [*self.downsample, None], strict=True
+        ):
+            h = attention(block(h, emb))  # (B, width, H, W)
             skips.append(h)
             if downsample is not None:
                 h = downsample(h)  # (B, width, H/2, W/2)

@@ -21,6 +21,9 @@ from src.utils import ImageNoise, autocast, to_uint8
 
 DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "dpmpp_2m_sde": 30}  # measured: see the README
 
+# Settings that older checkpoints do not record, with the value that describes their network.
+UNRECORDED = {"encoder_attention": False}
+
 
 def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diffusion]:
     """A fresh U-Net and its diffusion from settings, as a checkpoint carries them.
@@ -34,6 +37,7 @@ def build(settings: Mapping[str, Any], device: torch.device) -> tuple[UNet, Diff
         settings["unet_dim_mults"],
         len(settings["classes"]),
         settings["dropout"],
+        settings["encoder_attention"],
     )
     diffusion = Diffusion(
         settings["time_steps"],
@@ -60,11 +64,12 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
             f"{path} holds no {'averaged' if use_ema else 'raw'} weights: give another file, or other weights"
         )
     try:
-        unet, diffusion = build(state["settings"], device)
+        settings = UNRECORDED | state["settings"]
+        unet, diffusion = build(settings, device)
         unet.load_state_dict(state[weights])
     except (KeyError, RuntimeError, ValueError) as error:  # settings or weights that this version does not know
         raise checkpoint.other_version(path) from error
-    return unet.eval().requires_grad_(False), diffusion, state["settings"]
+    return unet.eval().requires_grad_(False), diffusion, settings
 
 
 def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
