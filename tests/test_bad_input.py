@@ -90,6 +90,8 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("sample.py --sampler dpmpp_2m --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
+    ("train.py --ignore_mismatched_sizes", 2, "--ignore_mismatched_sizes goes with --init_from"),
+    ("train.py --init_from nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
     ("sample.py --guidance_scale 2", 2, "GUIDANCE_SCALE goes with --class"),
     ("sample.py --class bag --guidance_scale -1", 2, "GUIDANCE_SCALE is -1.0, but must be from 0"),
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),

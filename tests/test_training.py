@@ -190,8 +190,8 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    parts = "program format settings data precision model ema optimizer rng epoch batch step loss_sum best history"
-    assert set(state) == set(parts.split())
+    parts = "program format settings data init_from precision model ema optimizer rng epoch batch step loss_sum best"
+    assert set(state) == {*parts.split(), "history"}
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
     assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
     assert state["best"] == min(state["history"]["val"])
