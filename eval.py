@@ -194,7 +194,7 @@ def score(args: argparse.Namespace, world: World) -> int:
     how = args.num_samples, generator.sampler, generator.steps
     log.info("%s on %s: scoring %d images, %s, %d steps", args.checkpoint, machine, *how)
 
-    if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
+    if "data_path" not in args.given:  # the default is that of the checkpoint's data set
         args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
     size, channels = settings["image_size"], settings["channels"]
     where = settings["dataset"], args.data_path

@@ -30,12 +30,7 @@ def parse_args() -> argparse.Namespace:
         help="with --init_from: where the data have other channels or another number of classes, start the layers "
         "that depend on them from random weights",
     )
-    args = parser.parse_args()
-    if args.overwrite and not args.fresh:
-        parser.error("--overwrite goes with --fresh")
-    if args.ignore_mismatched_sizes and not args.init_from:
-        parser.error("--ignore_mismatched_sizes goes with --init_from")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
