@@ -253,7 +253,10 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, step, latest)
                 self.world.wait()  # for torchrun ends all as soon as one has left
                 return 128 + stop.number
-            except OSError:  # a curve or a picture could not be written: that must not cost the training
+            except (
+                OSError,
+                errors.WriteError,
+            ):  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")
                 raise
         best = Path(args.checkpoint_path, "best.pth")

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -416,6 +417,36 @@ def test_a_picture_that_cannot_be_written_is_one_line_too(refusal, random_model,
     (tmp_path / "grid.png").mkdir()
     flags = ["--checkpoint", random_model.path, "--output_dir", tmp_path, "--num_samples", 1, "--steps", 1]
     assert "grid.png" in refusal(1, sample, *flags)
+
+
+def test_a_defect_keeps_its_traceback_and_is_not_taken_for_a_full_disk(monkeypatch, capsys):
+    """A file that the program itself should have found, an error in some thread: no advice about disks."""
+
+    def defect() -> int:
+        Path("/nowhere/at/all").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        errors.run(defect, "sample.py", quiet=True)
+
+    def thread() -> int:
+        (worker := threading.Thread(target=lambda: 1 / 0)).start()
+        worker.join()
+        return 0
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(threading, "excepthook", threading.__excepthook__)
+        errors.run(thread, "sample.py", quiet=True)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_tensorboards_thread_is_silent_for_its_error_comes_up_in_the_main_thread(capsys):
+    from tensorboard.summary.writer import event_file_writer
+
+    for kind, silent in ((event_file_writer._AsyncWriterThread, True), (threading.Thread, False)):
+        thread = kind.__new__(kind)
+        threading.Thread.__init__(thread)
+        errors._mute_tensorboard(threading.ExceptHookArgs((ValueError, ValueError("x"), None, thread)))
+        assert (capsys.readouterr().err == "") is silent
 
 
 def test_a_disk_that_fills_up_is_named_even_where_the_system_names_no_file(
