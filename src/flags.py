@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, default: Any = None, **options: Any) -> argparse.Action:
         """As argparse's, but `default` is filled in by `parse_args`; that of a switch is False."""
+        if "help" in options:
+            options["help"] = options["help"].replace("%(default)s", str(default))
         action = super().add_argument(*names, **options)
         if action.dest != "help":
             self.defaults[action.dest] = False if options.get("action") == "store_true" else default
@@ -50,7 +52,7 @@ class Parser(argparse.ArgumentParser):
             type=_not_empty,
             default=f"{self.config.CHECKPOINT_PATH}/best.pth",
             metavar="FILE",
-            help=f"the trained model; it carries its own settings (default: {self.config.CHECKPOINT_PATH}/best.pth)",
+            help="the trained model; it carries its own settings (default: %(default)s)",
         )
 
     def add_class(self) -> None:
@@ -72,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             type=_not_empty,
             default=f"{self.config.OUTPUT_PATH}/{folder}",
             metavar="DIR",
-            help=f"where to write (default: {self.config.OUTPUT_PATH}/{folder})",
+            help="where to write (default: %(default)s)",
         )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
