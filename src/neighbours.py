@@ -24,6 +24,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int) -> tuple[float, fl
     Precision is the share of generated points in the manifold of the real, recall that of real points in the
     manifold of the generated. Both depend on N and M, which should be equal.
 
+    Precision is unreliable for points far from the real ones: the ball of a single real outlier is large, and a
+    cluster of generated points that lies in it is counted as convincing.
+
     Raises ValueError if a set has no more than k points.
     """
     if min(len(real), len(generated)) <= k:

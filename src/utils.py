@@ -48,7 +48,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    # The processor has them, and torch was not told to compute as an older one (ATEN_CPU_CAPABILITY).
+    used = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fast = used and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -183,7 +185,8 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
     durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * hold)]
     first, *rest = map(to_pil, frames)
     with writing(path):
-        first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+        # Pillow's optimised palettes shift greys by several levels where a frame has all 256 of them.
+        first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
 
 
 def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path) -> None:
