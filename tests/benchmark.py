@@ -34,7 +34,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src import errors, flags, utils
+from src import devices, errors, flags
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]
@@ -77,8 +77,8 @@ def clock(task: Task) -> float:
     """Seconds that a call takes, what it starts on the GPU included."""
     start = time.perf_counter()
     task()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
@@ -227,9 +227,8 @@ def show_memory(plan: Plan) -> None:
 
 def main(plan: Plan) -> int:
     """Measure everything in `plan`, printing each table when it is done; returns the exit status."""
-    device = utils.pick_device(plan.settings.get("device", config.DEVICE))
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # the one that `clock` waits for
+    device = devices.pick_device(plan.settings.get("device", config.DEVICE))
+    devices.make_current(device)  # the one that `clock` waits for
     compare(plan)
     show_growth("batch_size", plan.batch_sizes, plan)
     show_growth("image_size", plan.image_sizes, plan)
