@@ -61,7 +61,7 @@ SAVE_EVERY: int = 5  # epochs between writes of latest.pth
 SAVE_MINUTES: float = 10.0  # most that is lost to a crash: latest.pth is written within an epoch, too
 SAMPLE_EVERY: int = 10  # epochs between grids of samples
 LOG_EVERY: int = 50  # steps between TensorBoard scalars
-DEVICE: str = "auto"  # auto, cpu, cuda, cuda:1 …
+DEVICE: str = "auto"  # auto (an accelerator where there is one), cpu, cuda, cuda:1, mps, xpu …
 
 # Paths
 DATA_PATH: str = "./data/fashion-mnist"  # the data set, fetched here if absent; of another DATASET ./data/<name>
@@ -110,7 +110,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SAVE_MINUTES": (lambda v: v >= 0, "0 (after every step) or more"),
     "SAMPLE_EVERY": POSITIVE,
     "LOG_EVERY": POSITIVE,
-    "DEVICE": (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None, "auto, cpu, cuda or cuda:N"),
+    "DEVICE": (
+        lambda v: re.fullmatch(r"auto|cpu|(?!auto|cpu)[a-z]+(:\d+)?", v) is not None,
+        "auto, cpu, or a device of torch's, such as cuda, cuda:1, mps or xpu",
+    ),
     "DATA_PATH": (bool, "a directory: --data_path DIR"),
     "CHECKPOINT_PATH": (bool, "a directory"),
     "OUTPUT_PATH": (bool, "a directory"),

@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from src import classifier, dataset, inception, likelihood, metrics, neighbours, pipeline, report, utils
+from src import classifier, dataset, devices, inception, likelihood, metrics, neighbours, pipeline, report, utils
 from src.diffusion import Diffusion
 from src.distributed import World
 
@@ -89,7 +89,7 @@ def protocol(
             "test_images": min(neighbours.TEST_IMAGES, reference_count),
             "flagged_below_quantile": neighbours.RARE,
         },
-        "device": utils.describe_device(generator.device, generator.precision),
+        "device": devices.describe_device(generator.device, generator.precision),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "torch", "torchvision", "torchmetrics", "torch-fidelity")},
@@ -185,12 +185,12 @@ def score(args: argparse.Namespace, world: World) -> int:
     unet, diffusion, settings = pipeline.restore(Path(args.checkpoint), world.device)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()  # now: a training may soon replace it
     classes = pipeline.pick_classes(args.classes, settings["classes"])
-    precision = utils.pick_precision(args.precision, world.device)
+    precision = devices.pick_precision(args.precision, world.device)
     generator = pipeline.Generator(
         unet, diffusion, args.sampler, args.steps, args.eta, precision, world, classes, args.guidance_scale
     )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    machine = utils.describe_device(world.device, precision)
+    machine = devices.describe_device(world.device, precision)
     how = args.num_samples, generator.sampler, generator.steps
     log.info("%s on %s: scoring %d images, %s, %d steps", args.checkpoint, machine, *how)
 
@@ -228,7 +228,7 @@ def score(args: argparse.Namespace, world: World) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    with World(utils.pick_device(args.device)) as world:
+    with World(devices.pick_device(args.device)) as world:
         return score(args, world)
 
 

@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import pipeline, utils
+from src import devices, pipeline, utils
 from src.distributed import World
 
 log = logging.getLogger("sample")
@@ -90,12 +90,12 @@ def sample(args: argparse.Namespace, world: World) -> int:
     names = [settings["classes"][label] for label in classes]
     if classes:
         args.num_samples += -args.num_samples % len(classes)  # as many of each
-    precision = utils.pick_precision(args.precision, device)
+    precision = devices.pick_precision(args.precision, device)
     generator = pipeline.Generator(
         unet, diffusion, args.sampler, args.steps, args.eta, precision, world, classes, args.guidance_scale
     )
     (directory,) = utils.make_directories({"output_dir": args.output_dir})
-    where, of = utils.describe_device(device, precision), f" of {', '.join(names)}" if names else ""
+    where, of = devices.describe_device(device, precision), f" of {', '.join(names)}" if names else ""
     how = args.num_samples, of, args.sampler, generator.steps
     log.info("%s on %s: %d images%s, %s, %d steps", args.checkpoint, where, *how)
 
@@ -114,7 +114,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    with World(utils.pick_device(args.device)) as world:
+    with World(devices.pick_device(args.device)) as world:
         return sample(args, world)
 
 

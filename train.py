@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, dataset, lock, pipeline, utils
+from src import checkpoint, dataset, devices, lock, pipeline, utils
 from src.distributed import World
 from src.interrupt import Interrupted, StopSignals
 from src.learner import Learner, learning_rate
@@ -68,7 +68,7 @@ WEIGHTS_ONLY = (
 class Trainer:
     """One run: what learns, from which data, and how far it has come."""
 
-    PROGRESS = ("epoch", "batch", "loss_sum", "best", "history")
+    PROGRESS = ("epoch", "batch", "best", "history")
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         self.args, self.world, self.device = args, world, world.device
@@ -77,7 +77,7 @@ class Trainer:
                 f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {world.size * args.accumulate}, for each "
                 f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
             )
-        self.precision = utils.pick_precision(args.precision, self.device)
+        self.precision = devices.pick_precision(args.precision, self.device)
         torch.manual_seed(args.seed)  # decides the initial weights and, from then on, every t and eps
 
         where = args.dataset, args.data_path
@@ -96,7 +96,6 @@ class Trainer:
         self.init_from: dict[str, str] | None = None  # the file whose weights the run began with, and its SHA-256
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done of the next epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
         self.best = math.inf  # lowest validation loss
         self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses, one a finished epoch
         self.save_due = time.monotonic() + 60 * args.save_minutes  # when latest.pth is to be written, come what may
@@ -158,11 +157,11 @@ class Trainer:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise checkpoint.other_version(path) from error
-        self.loss_sum = self.loss_sum.to(self.device)
         log.info("RESUMING %s: %d of %d epochs done, step %d", path, self.epoch, self.args.epochs, self.learner.steps)
 
     def save(self, name: str) -> Path:
         path = Path(self.args.checkpoint_path) / name
+        self.learner.settle()  # in every process: if one alone raised, the others would wait for it
         if self.world.is_main:
             state = self.state()
             kept = WEIGHTS_ONLY if name == "weights.pth" else state
@@ -181,7 +180,8 @@ class Trainer:
             lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
             loss, norm = learner.step(x0, y, lr)
             self.batch += 1
-            self.loss_sum += loss
+            if learner.steps % args.log_every == 0:  # seldom, for it waits for the device
+                learner.settle()
             monitor.count_step(learner.steps, loss, norm, lr)
             signals.check()
             if time.monotonic() >= self.save_due and self.batch < self.batches_per_epoch:  # else finish_epoch saves
@@ -192,13 +192,14 @@ class Trainer:
         """Validate, draw samples, save. Interrupted on the way, it has changed nothing and is done again on resume."""
         args, epoch = self.args, self.epoch + 1
         last = epoch == args.epochs
+        self.learner.settle()  # before anything is said of weights that no longer change
         val_loss = self.validate(signals)
         samples = self.sample_grid(signals) if epoch % args.sample_every == 0 or last else None
 
-        self.history["train"].append(self.loss_sum.item() / self.batches_per_epoch)
+        self.history["train"].append(self.learner.loss_sum.item() / self.batches_per_epoch)
         self.history["val"].append(val_loss)
         self.epoch, self.batch = epoch, 0
-        self.loss_sum.zero_()
+        self.learner.loss_sum.zero_()
         improved = val_loss < self.best
         self.best = val_loss if improved else self.best
         monitor.show_validation(
@@ -267,7 +268,7 @@ class Trainer:
 def main(args: argparse.Namespace) -> int:
     places = ("checkpoint_path", "output_path", "log_path")
     directory, *_ = utils.make_directories({name: getattr(args, name) for name in places})
-    with World(utils.pick_device(args.device)) as world, lock.hold(directory) if world.is_main else nullcontext():
+    with World(devices.pick_device(args.device)) as world, lock.hold(directory) if world.is_main else nullcontext():
         trainer = Trainer(args, world)
         earlier = checkpoint.of_run(directory)
         world.agree(trainer.data, "the training images")  # and all have looked: now the files may change

@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
             its weights are not finite.
     """
     if not path.is_file():
-        there = next(filter(Path.is_file, of_run(path.parent)), "weights/fashion-mnist.pth")
+        there = next(filter(Path.is_file, of_run(path.parent)), Path("weights", "fashion-mnist.pth"))
         raise UserError(
             f"no checkpoint at {path}: train one with python train.py, or give a file that is there, such as {there}"
         )
@@ -118,7 +118,9 @@ def _finite(value: Any) -> bool:
 
 
 def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no directories
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from src import cache  # a training takes minutes
 from src.dataset import batches, normalise  # every network is fed by them
+from src.devices import autocast, float32_kernels, pick_precision  # how each device is to compute
 from src.metrics import Extractor, Scores  # which take any network that gives features and logits
-from src.utils import autocast, pick_precision, progress  # the one way to do each
+from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ class Classifier:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         device = next(self.network.parameters()).device
-        # GPUs would round convolutions to TF32's 10 bits, and a score would depend on the device.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with float32_kernels(device, fast=False):
             features = self.network[:-1](_layout(normalise(images.to(device))))
             return features, self.network[-1](features)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src import cache, fetch, folder, formats  # whom this file sends for: it only knows which data set needs whom
+from src.devices import send  # batches are wanted on one
 from src.errors import SettingError  # the one way in which every file tells the user what to mend
 from src.folder import ImageFiles  # what stands in for images that memory cannot hold
 from src.formats import Split  # the two names of a split
@@ -196,7 +197,7 @@ def batches(
     pixels = images.batches(chunks) if isinstance(images, ImageFiles) else (images[chosen] for chosen in chunks)
     for chosen, x in zip(chunks, pixels, strict=True):
         # Moved as bytes: a quarter of what the floats would be.
-        yield normalise(x.to(device)), labels[chosen].to(device)
+        yield normalise(send(x, device)), send(labels[chosen], device)
 
 
 def _row(name: str) -> Dataset:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from src.devices import collective_backends, make_current  # which library carries a device's tensors
 from src.errors import UserError  # files that differ between machines are something the user can mend
 
 PATIENCE = timedelta(hours=6)  # with a process that computes what the others wait for, as features of test images
@@ -30,7 +31,7 @@ class World:
     As a context, it connects the processes on entering and parts them on leaving.
 
     Args:
-        device: where the tensors live that they exchange: NCCL carries CUDA's, gloo the CPU's.
+        device: this process's own. Tensors are exchanged from there or from the CPU, wherever they are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,9 +45,8 @@ class World:
 
     def __enter__(self) -> "World":
         if self.size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+            make_current(self.device)
+            dist.init_process_group(collective_backends(self.device), timeout=PATIENCE)
             logging.disable(logging.NOTSET if self.is_main else logging.WARNING)
         return self
 
@@ -82,7 +82,7 @@ class World:
         """The largest of all processes' numbers: if one was told to stop, all are."""
         if self.size == 1:
             return number
-        largest = torch.tensor(number, device=self.device)
+        largest = torch.tensor(number)  # on the CPU: no waiting for the device
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
@@ -112,7 +112,6 @@ class World:
         """The parts (n, ...) of all processes, one after the other: (size · n, ...), where `part` was."""
         if self.size == 1:
             return part
-        sent = part.to(self.device).contiguous()
-        parts = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(parts, sent)
-        return torch.cat(parts).to(part.device)
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)

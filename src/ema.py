@@ -3,8 +3,7 @@
 import copy
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -25,7 +24,13 @@ class EMA:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """The recurrence's step number `step`, from 1. Call it after every optimiser step."""
-        average = get_ema_multi_avg_fn(min(self.decay, step / (step + 9)))  # torch's own, all tensors in one call
-        average(list(self.model.parameters()), list(model.parameters()), None)
+    def update(self, model: nn.Module, step: int, skip: Tensor | None = None) -> None:
+        """The recurrence's step number `step`, from 1. Call it after every optimiser step.
+
+        Where `skip`, a boolean scalar on the model's device, is true, the average stays as it is.
+        """
+        shadows, weights = list(self.model.parameters()), list(model.parameters())
+        share = torch.full((), 1 - min(self.decay, step / (step + 9)), device=weights[0].device)  # of the weights
+        if skip is not None:
+            share = share.masked_fill(skip, 0)  # a tensor, for the CPU need not know what the device found out
+        torch._foreach_lerp_(shadows, weights, [share] * len(shadows))

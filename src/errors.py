@@ -110,16 +110,17 @@ def _no_package(error: ModuleNotFoundError) -> str:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Python's own error, CUDA's (known by its name: this file need not load torch), or torch's on the CPU."""
+    """Python's own error, an accelerator's (known by name or text: this file need not load torch), or the CPU's."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
+        or "backend out of memory" in str(error)  # Apple's, a plain RuntimeError
         or "can't allocate memory" in str(error)
     )
 
 
 def _lost_a_process(error: Exception) -> bool:
-    """What gloo and NCCL say when nobody answers any more."""
+    """What the libraries between processes say when nobody answers any more."""
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from src.errors import SettingError, UserError  # the one way in which every file tells the user what to mend
+from src.interrupt import SIGNALS  # which ones there are
 from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
@@ -103,12 +104,12 @@ class _Cautious(Dataset):
 
 def _ignore_signals(_worker: int) -> None:
     """A terminal, or a batch system, signals a whole group: only the main process answers, once its state is whole."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _processors() -> int:
-    """How many this process may use; macOS cannot tell and names them all."""
+    """How many this process may use; macOS and Windows cannot tell and name them all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from src.devices import float32_kernels  # features are to be the same on every device
 from src.errors import UserError  # missing or damaged weights are something the user can mend
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,9 @@ class Extractor(nn.Module):
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"want uint8 images (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
-        images = images.to(self.network.fc.weight.device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
-        # GPUs would round convolutions to TF32's 10 bits, and a score would depend on the device.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        device = self.network.fc.weight.device
+        images = images.to(device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
+        with float32_kernels(device, fast=False):
             features = self.network(images)  # (B, 2048)
             return features, features @ self.network.fc.weight.T  # (B, 1008)
 

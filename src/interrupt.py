@@ -4,6 +4,9 @@ import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+# What asks a program to stop. Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Interrupted(Exception):
     """The user, or the system, asked the program to stop; `number` is the signal's."""
@@ -27,10 +30,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.number = 0
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
-            numbers.append(signal.SIGHUP)
-        self._previous = {n: signal.signal(n, self._note) for n in numbers}
+        self._previous = {}
+        for number in SIGNALS:
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (ignored and number.name == "SIGHUP"):  # nohup ignores it
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

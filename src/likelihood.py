@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src.dataset import normalise  # the decoder's grey levels are the ones of that scale
+from src.devices import float32_kernels  # a bound is no place for rounded factors
 from src.diffusion import Diffusion, Network  # the bound is made of the process's coefficients
 
 
@@ -41,7 +42,7 @@ def bits_per_dim(
 
     Args:
         network: is given (x_t, t) as by a sampler, t being (B,).
-        images: (N,C,H,W) uint8.
+        images: (N,C,H,W) uint8, on the CPU, as all is but what the network is given.
         seed: of times and noises; the global random state is neither read nor changed.
         times_per_image: K, network evaluations an image, from 2 to T.
         batch_size: images a network evaluation; the estimate does not depend on it (but for float rounding).
@@ -49,16 +50,17 @@ def bits_per_dim(
     """
     if not 2 <= times_per_image <= diffusion.time_steps:
         raise ValueError(f"times_per_image is {times_per_image}: choose 2 to {diffusion.time_steps}, all timesteps")
-    n, device = len(images), diffusion.alpha_bar.device
+    n = len(images)
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(n, generator=generator)]  # neighbours in time, compared below, are to be any two
     times, factors = choose_times(diffusion, n, times_per_image, generator)
-    nats = prior_kl(diffusion, normalise(images).to(device)).cpu()
+    nats = prior_kl(diffusion, normalise(images))
     for k in range(times_per_image):
         for rows in torch.arange(n).split(batch_size):
             eps = torch.randn(images[rows].shape, generator=generator)
-            term = bound_term(network, diffusion, *(z.to(device) for z in (images[rows], times[rows, k], eps)))
-            nats[rows] += factors[rows, k] * term.cpu()
+            with float32_kernels(diffusion.device, fast=False):
+                term = bound_term(network, diffusion, images[rows], times[rows, k], eps)
+            nats[rows] += factors[rows, k] * term
             if on_batch is not None:
                 on_batch(len(rows))
     bits = nats / (math.log(2) * images[0].numel())
@@ -82,7 +84,7 @@ def choose_times(
     if times_per_image == diffusion.time_steps:
         times = torch.arange(diffusion.time_steps).expand(n, -1)
         return times, torch.ones(times.shape, dtype=torch.float64)
-    p = torch.log1p(-diffusion.alpha_bar.cpu()).diff()  # 2 log(σ_t / σ_{t-1}) for t = 1 ... T-1
+    p = torch.log1p(-diffusion.alpha_bar).diff()  # 2 log(σ_t / σ_{t-1}) for t = 1 ... T-1
     p = p / p.sum()
     strata = times_per_image - 1
     phase = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n  # (N,), in [0, 1)
@@ -95,13 +97,13 @@ def choose_times(
 def bound_term(network: Network, diffusion: Diffusion, images: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """L_{t-1} or L_0 of images (B,C,H,W) uint8 with their noises eps, (B,) float64 in nats; t (B,), all or none 0."""
     x0 = normalise(images)
-    x_t = diffusion.q_sample(x0, t, eps)
-    predicted = diffusion.predict_x0(x_t, t, network(x_t, t))
+    x_t = diffusion.q_sample(x0.to(diffusion.device), t, eps.to(diffusion.device))
+    predicted = diffusion.denoise(network, x_t, t).cpu()  # from here on float64
     if t[0] > 0:
         return posterior_kl(diffusion, x0, predicted, t)
     # The last posterior has the predicted x_0 as mean and the variance 0: it is given that of the step before, as in
     # the code of Nichol & Dhariwal (2021).
-    return -decoder_log_mass(images, predicted, diffusion.posterior_variance(t + 1, t)).sum((1, 2, 3))
+    return -decoder_log_mass(images, predicted, diffusion.posterior_variance(t + 1, t).cpu()).sum((1, 2, 3))
 
 
 def prior_kl(diffusion: Diffusion, x0: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def posterior_kl(diffusion: Diffusion, x0: Tensor, predicted: Tensor, t: Tensor)
     (SNR(t-1) - SNR(t)) / 2, with SNR = α̅ / (1 - α̅) (Kingma et al. 2021, §4).
     """
     snr_s, snr_t = ((2 * diffusion.half_log_snr(time)).exp() for time in (t - 1, t))
-    return ((snr_s - snr_t) / 2 * (x0.double() - predicted.double()) ** 2).sum((1, 2, 3))
+    return ((snr_s - snr_t)[:, None, None, None] / 2 * (x0.double() - predicted.double()) ** 2).sum((1, 2, 3))
 
 
 def decoder_log_mass(images: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

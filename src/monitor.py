@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from src.devices import describe_device  # how it is named
 from src.distributed import World  # who trains together
-from src.utils import describe_device, progress  # how a device is named, and when a bar is shown
+from src.utils import progress  # the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from src import checkpoint
 from src.dataset import ImageFiles, normalise
+from src.devices import add_up, autocast, float32_kernels, send
 from src.diffusion import Diffusion, Network
 from src.distributed import World
 from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
-from src.utils import ImageNoise, autocast, to_uint8
+from src.utils import ImageNoise, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def validation_loss(
     The network is not told their classes, so the loss compares with that of a network that knows of none.
     """
     n, device = len(images), next(unet.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    losses = []  # scalars on the device, summed over this process's share of each batch
     generator = torch.Generator().manual_seed(seed)
     for first, part in zip(range(0, n, batch_size), images.split(batch_size), strict=True):
         x0 = normalise(part)
@@ -172,8 +173,11 @@ def validation_loss(
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // n
         mine = world.share(len(t))
         if len(t[mine]):  # else there are fewer images than processes
-            total += diffusion.loss(unet, *(z[mine].to(device) for z in (x0, t, eps))) * len(t[mine])
+            with float32_kernels(device, fast=False):
+                loss = diffusion.loss(unet, send(x0[mine], device), t[mine], send(eps[mine], device))
+            losses.append(loss * len(t[mine]))
         on_batch()
+    add_up(total := torch.zeros((), dtype=torch.float64), losses)
     return (world.mean(total) * world.size / n).item()
 
 
@@ -251,9 +255,10 @@ class Generator:
         self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
         network = self.network(y)
-        for x_t in SAMPLERS[self.sampler](network, self.diffusion, x_T, draw, self.steps, **self.options):
-            if on_step is not None:
-                on_step(x_t)
+        with float32_kernels(self.device, fast=True):
+            for x_t in SAMPLERS[self.sampler](network, self.diffusion, x_T, draw, self.steps, **self.options):
+                if on_step is not None:
+                    on_step(x_t)
         return to_uint8(x_t).cpu()
 
     def network(self, y: Tensor | None = None) -> Network:

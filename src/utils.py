@@ -1,8 +1,7 @@
-"""Seeds, devices, pictures and plots."""
+"""Noise, pictures and plots."""
 
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,67 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from src.errors import SettingError, writing  # an absent device or an unwritable place is something the user can mend
+from src.errors import SettingError, writing  # an unwritable place is something the user can mend
 
 GRID_IMAGES = 64  # most that the grid of sample.py and of eval.py shows, 8 × 8
 CLASS_COLUMNS = 10  # most images of a class that a grid by class shows
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is any, else the CPU; other names are torch's, as "cpu" or "cuda:1".
-
-    Of several processes on a machine, each takes a CUDA device of its own for "auto" and for "cuda".
-
-    Raises:
-        SettingError: CUDA is asked for and this machine, or this build of torch, has none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SettingError(f"--device {name} is for one process: with several give cuda, and each takes its own")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the device has instructions for it (else it is slower than float32)."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # The processor has them, and torch was not told to compute as an older one (ATEN_CPU_CAPABILITY).
-    used = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    fast = used and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which networks compute in `precision`; their weights and the tensors around them stay float32."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
-
-
-def describe_device(device: torch.device, precision: torch.dtype) -> str:
-    """One line for people: which device, and in which precision the network computes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{device} ({name}), {str(precision).removeprefix('torch.')}"
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's global generators that training on `device` draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned; on another kind of device only the CPU's state can be."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def make_directories(places: Mapping[str, str]) -> list[Path]:

@@ -40,7 +40,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src import errors, flags, utils
+from src import devices, errors, flags
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]
@@ -87,8 +87,8 @@ def clock(task: Task) -> float:
     """Seconds that a call takes, what it starts on the GPU included."""
     start = time.perf_counter()
     task()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
@@ -220,7 +220,7 @@ def show_sampling(plan: Plan) -> None:
 
 def show_scoring(plan: Plan) -> None:
     """How fast Inception looks at images."""
-    device = utils.pick_device(plan.settings["device"])
+    device = devices.pick_device(plan.settings["device"])
     images = contestants.noise(plan.samples, 1, 32, 32)
     times = alternate("scoring", {n: partial(look, images) for n, look in contestants.scorers(device).items()}, plan)
     show_table("scoring | images/s", [(name, len(images) / t.usual) for name, t in times.items()])
@@ -314,9 +314,8 @@ USUAL = [name for name in TABLES if name not in ("contention", "evaluation")]
 
 def main(plan: Plan, tables: Sequence[str] = USUAL) -> int:
     """Measure what `plan` says, printing each table when it is done; returns the exit status."""
-    device = utils.pick_device(plan.settings.get("device", config.DEVICE))
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # the one that `clock` waits for
+    device = devices.pick_device(plan.settings.get("device", config.DEVICE))
+    devices.make_current(device)  # the one that `clock` waits for
     for name in tables:
         TABLES[name](plan)
     return 0

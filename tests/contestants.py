@@ -16,7 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import config
 import train
-from src import dataset, flags, inception, utils
+from src import dataset, devices, flags, inception
 from src.distributed import World
 
 log = logging.getLogger("benchmark")
@@ -60,7 +60,7 @@ def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
     vars(args).update(changes)
     data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
     with mock.patch("src.dataset.load", return_value=data):
-        return train.Trainer(args, World(utils.pick_device(args.device)))
+        return train.Trainer(args, World(devices.pick_device(args.device)))
 
 
 @cache
@@ -80,7 +80,7 @@ def ours(name: str, run: train.Trainer) -> Contestant:
     """This repository: train.py's own step."""
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        with utils.autocast(run.device, run.precision):
+        with devices.autocast(run.device, run.precision):
             return run.learner.model(x_t, t)
 
     def train_step(x0: Tensor) -> object:

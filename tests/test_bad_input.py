@@ -71,7 +71,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --class 10", 2, "--class 10 is unknown"),
     ("sample.py --class", 2, "--class: expected at least one argument"),
     ("train.py --precision float16", 2, "PRECISION is 'float16', but must be auto, float32 or bfloat16"),
-    ("train.py --device tpu", 2, "DEVICE is 'tpu', but must be auto, cpu, cuda or cuda:N"),
+    ("train.py --device cpu:1", 2, "DEVICE is 'cpu:1', but must be auto, cpu, or a device of torch's, such as cuda"),
     ("train.py --dataset imagenet", 2, "imagenet"),
     ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim, dpmpp_2m or dpmpp_2m_sde"),
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3; did you mean --batch_size?"),
@@ -105,8 +105,10 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
     ("train.py --val_size 1000", 2, "too few for --val_size 1000"),
     ("train.py --unet_dim 8000000", 1, "out of memory: reduce --batch_size or, in training, the network"),
-    ("train.py --device cuda", 2, "--device cuda: torch sees 0 CUDA devices; use --device cpu"),
-    ("sample.py --device cuda:3", 2, "--device cuda:3: torch sees 0 CUDA devices; use --device cpu"),
+    ("train.py --device cuda", 2, "--device cuda: torch sees 0 cuda devices; use --device cpu"),
+    ("sample.py --device cuda:3", 2, "--device cuda:3: torch sees 0 cuda devices; use --device cpu"),
+    ("eval.py --device mps", 2, "--device mps: torch sees 0 mps devices; use --device"),
+    ("train.py --device tpu", 2, "--device tpu: torch sees 0 tpu devices; use --device"),
     ("train.py --checkpoint_path run --seed 7", 2, "SEED was 0 and is now 7"),
     ("train.py --checkpoint_path run --fresh", 2, "a new run would lose run/latest.pth: add --fresh --overwrite"),
     # paths: empty, of the wrong kind, or not to be written (as root, too: /proc is nobody's)
@@ -198,7 +200,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("command", "status", "message"), CASES, ids=[command for command, _, _ in CASES])
 def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(command, status, message, place, call):
-    if "cuda" in command and torch.cuda.device_count():
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in command:
         pytest.skip("this machine has the device that the case lacks")
     before = listing(place)
     code, line = call(command)
@@ -272,12 +274,20 @@ def test_a_whole_number_will_do_for_a_float(monkeypatch):
     assert arguments(train, "--grad_clip", "0.5").grad_clip == 0.5
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.54 GB, other allocations: 0.12 GB, max 18.13 GB)."),
+    ],
+    ids=["OutOfMemoryError", "RuntimeError"],
+)
 @pytest.mark.parametrize("where", ["training", "sampling"])
-def test_a_gpu_without_memory_says_which_setting_to_reduce(where, place, call, monkeypatch):
-    """Mocked, for want of a GPU: torch's own exception, from the place where it would come."""
+def test_a_gpu_without_memory_says_which_setting_to_reduce(where, error, place, call, monkeypatch):
+    """Mocked, for want of a GPU: torch's own exceptions, from the place where they would come."""
 
     def exhausted(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+        raise error
 
     monkeypatch.setattr("src.model.UNet.forward", exhausted)
     code, line = call("train.py" if where == "training" else "sample.py")

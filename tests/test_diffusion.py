@@ -404,5 +404,5 @@ def test_stratified_times_hold_one_of_every_part_and_uniform_ones_do_not():
 
 
 def test_stratified_times_stay_below_the_end(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda count, device: torch.full((count,), 1 - 2**-24))
+    monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), 1 - 2**-24))
     assert draw_times(64, 1000, "stratified").max() == 999

@@ -1,6 +1,7 @@
 """The learning rate's corners and slopes; one step of training, whole, in parts, resumed, and gone wrong."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -105,9 +106,34 @@ def test_a_step_from_a_saved_state_is_the_step_that_would_have_been(changes):
     assert not differences(ours.state(), other.state())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+def test_a_gradient_that_is_not_finite_changes_nothing_nor_do_the_steps_after_it(factor):
+    """The step itself does not look, so that nobody waits for a device; who does hears of the first such step."""
+
+    def parts() -> list[dict[str, Any]]:
+        return [ours.model.state_dict(), ours.ema.model.state_dict(), ours.optimizer.state_dict()]
+
     ours = learner()
-    before = copy.deepcopy({name: ours.state()[name] for name in ("model", "ema", "step")})
-    with pytest.raises(UserError, match="gradient of step 1 is nan"):
-        ours.step(IMAGES * float("nan"), LABELS, 1e-3)
-    assert not differences(before, {name: ours.state()[name] for name in before})
+    ours.step(IMAGES, LABELS, 1e-3)
+    before = copy.deepcopy(parts())
+    ours.step(IMAGES * factor, LABELS, 1e-3)
+    for _ in range(3):
+        ours.step(IMAGES, LABELS, 1e-3)
+    assert not differences(before, parts())
+    for look in (ours.settle, ours.state):
+        with pytest.raises(UserError, match=r"gradient of step 2 is (nan|inf)"):
+            look()
+
+
+def test_the_sum_of_losses_does_not_depend_on_when_the_device_was_asked():
+    often, seldom = learner(), learner()
+    losses = []
+    for ours in (often, seldom):
+        torch.manual_seed(0)
+        for _ in range(5):
+            loss, _ = ours.step(IMAGES, LABELS, 1e-3)
+            losses.append(loss.item())
+            if ours is often:
+                ours.settle()
+    assert torch.equal(often.state()["loss_sum"], seldom.state()["loss_sum"])
+    assert often.loss_sum.dtype == torch.float64 and often.loss_sum.item() == pytest.approx(sum(losses[:5]), rel=1e-12)

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import config
 import train
-from src import checkpoint, dataset, errors, lock, utils
+from src import checkpoint, dataset, devices, errors, lock
 from src.distributed import World
 from src.ema import EMA
 from src.interrupt import StopSignals
@@ -209,6 +209,42 @@ def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, sa
     assert all(w.isfinite().all() for w in saved("run", "best.pth")["ema"].values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "stop", "noticed"),
+    [
+        (["--log_every", 7], [], 7),
+        (["--log_every", 99], [], 2 * STEPS),  # before the validation
+        (["--log_every", 99], [CHECKS + 3], 7),  # before the save that a signal asks for
+        (["--log_every", 99, "--save_minutes", 0], [], 6),
+    ],
+    ids=["when logging", "before validating", "before saving when stopped", "before saving in time"],
+)
+def test_a_gradient_that_is_not_finite_is_noticed_before_it_shows(
+    flags, stop, noticed, quick, failing, saved, tmp_path, stop_at, monkeypatch
+):
+    """Step 6, in the middle of the second epoch, is spoilt."""
+    stop_at(*stop)
+    last = 0
+    step, validate = Learner.step, train.Trainer.validate
+
+    def spoilt(self: Learner, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+        nonlocal last
+        last = self.steps + 1
+        return step(self, x0 * float("nan") if last == 6 else x0, y, learning_rate)
+
+    def watched(self: train.Trainer, signals: StopSignals) -> float:
+        assert last < 6
+        return validate(self, signals)
+
+    monkeypatch.setattr(Learner, "step", spoilt)
+    monkeypatch.setattr(train.Trainer, "validate", watched)
+    assert "gradient of step 6 is nan" in failing(1, "run", "--epochs", 3, *flags)
+    assert last == noticed
+    states = [checkpoint.load(path) for path in (tmp_path / "run/checkpoint").glob("*.pth")]
+    assert len(states) == 2 and all(state["step"] < 6 for state in states)
+    assert set(scalars(tmp_path / "run/log").get("loss/train", [])) <= set(range(1, 6))
+
+
 # ---- speed without a price ---------------------------------------------------------------------------------
 
 
@@ -225,8 +261,8 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_float32_elsewhere(monke
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda used=used: used)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
-        assert utils.pick_precision("auto", cpu) == chosen
-        assert utils.pick_precision("float32", cpu) == torch.float32
+        assert devices.pick_precision("auto", cpu) == chosen
+        assert devices.pick_precision("float32", cpu) == torch.float32
 
 
 def test_bfloat16_learns_as_float32_does(quick, saved):
@@ -714,11 +750,11 @@ def test_a_resume_with_other_data_is_refused(change, quick, failing, monkeypatch
 
 def test_a_resumed_run_says_that_it_computes_in_another_precision(quick, caplog, monkeypatch):
     """PRECISION auto is the same setting everywhere, and something else on another processor."""
-    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(devices, "pick_precision", lambda *_: torch.bfloat16)
     quick("run", "--epochs", 1)
     quick("run", "--epochs", 2)
     assert "computes in" not in caplog.text
-    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.float32)
+    monkeypatch.setattr(devices, "pick_precision", lambda *_: torch.float32)
     quick("run", "--epochs", 3)
     assert "computes in torch.float32, not in torch.bfloat16 as before" in caplog.text
 
