@@ -127,22 +127,26 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     ),
     (("STEPS", "TIME_STEPS"), lambda steps, time_steps: steps <= time_steps, "STEPS must be at most TIME_STEPS"),
     (
-        ("SCHEDULE_TYPE", "BETA_START", "BETA_END"),
-        lambda schedule, *ends: schedule == "linear" or ends == (BETA_START, BETA_END),
-        "BETA_START and BETA_END are for SCHEDULE_TYPE linear only",
-    ),
-    (
         ("BATCH_SIZE", "ACCUMULATE"),
         lambda batch, parts: batch % parts == 0,
         "BATCH_SIZE must be a multiple of ACCUMULATE",
     ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
-    (
-        ("CLASSES", "GUIDANCE_SCALE"),
-        lambda classes, scale: classes or scale == GUIDANCE_SCALE,
-        "GUIDANCE_SCALE goes with --class",
-    ),
 ]
+
+# Flags that would be without effect unless another setting has a certain value: those are refused.
+GOES_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "BETA_START": (
+        "SCHEDULE_TYPE",
+        lambda schedule: schedule == "linear",
+        "--beta_start is for --schedule_type linear",
+    ),
+    "BETA_END": ("SCHEDULE_TYPE", lambda schedule: schedule == "linear", "--beta_end is for --schedule_type linear"),
+    "GUIDANCE_SCALE": ("CLASSES", bool, "--guidance_scale goes with --class"),
+    "INTERP_STEPS": ("INTERPOLATE", bool, "--interp_steps goes with --interpolate"),
+    "OVERWRITE": ("FRESH", bool, "--overwrite goes with --fresh"),
+    "IGNORE_MISMATCHED_SIZES": ("INIT_FROM", bool, "--ignore_mismatched_sizes goes with --init_from"),
+}
 
 # Settings that a resumed run may change; every other one must stay, for it shapes the weights.
 FREE_ON_RESUME = {

@@ -194,7 +194,7 @@ def score(args: argparse.Namespace, world: World) -> int:
     how = args.num_samples, generator.sampler, generator.steps
     log.info("%s on %s: scoring %d images, %s, %d steps", args.checkpoint, machine, *how)
 
-    if args.data_path == config.DATA_PATH:  # not given: the default is that of the checkpoint's data set
+    if "data_path" not in args.given:  # the default is that of the checkpoint's data set
         args.data_path = config.following(settings["dataset"]).get("data_path", args.data_path)
     size, channels = settings["image_size"], settings["channels"]
     where = settings["dataset"], args.data_path
@@ -217,9 +217,9 @@ def score(args: argparse.Namespace, world: World) -> int:
     results = collect(found, about)
     if not args.classifier_only:
         results |= bits_per_dim(unet, diffusion, real, about, args.seed)
-    (directory / "metrics.json").write_text(
-        json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2) + "\n"
-    )
+    text = json.dumps({"scores": results, "protocol": about, "seconds": round(seconds, 1)}, indent=2)
+    with errors.writing(directory / "metrics.json"):
+        (directory / "metrics.json").write_text(text + "\n")
     utils.save_png(utils.image_grid(shown), directory / "grid.png")
     utils.save_png(found[-1].picture(), directory / "neighbours.png")
     print(report.table(results, about))

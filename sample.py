@@ -22,15 +22,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the weights themselves, not their average")
     args = parser.parse_args()
-    if args.interpolate and config.SAMPLER in STOCHASTIC:  # a default only: a sampler that is named has its way
-        parser.set_defaults(sampler="dpmpp_2m")
-        args = parser.parse_args()
+    if args.interpolate and "sampler" not in args.given and args.sampler in STOCHASTIC:
+        args.sampler = "dpmpp_2m"
     if args.interpolate and (args.sampler in STOCHASTIC or args.eta > 0):
         parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")
-    if args.interp_steps != config.INTERP_STEPS and not args.interpolate:
-        parser.error("--interp_steps goes with --interpolate")
     return args
 
 

@@ -6,10 +6,11 @@ import config
 from src import errors, flags
 
 SETTINGS = """
-    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 ACCUMULATE
-    EPOCHS GRAD_CLIP EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS ENCODER_ATTENTION
-    CLASS_CONDITIONAL CLASS_DROPOUT TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES SAMPLER STEPS ETA
-    SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH LOG_PATH
+    DATASET VAL_SIZE IMAGE_SIZE CHANNELS BATCH_SIZE LEARNING_RATE LR_WARMUP LR_DECAY ADAM_BETA2 ACCUMULATE EPOCHS
+    GRAD_CLIP EMA_DECAY SEED PRECISION DROPOUT COMPILE UNET_DIM UNET_DIM_MULTS ENCODER_ATTENTION CLASS_CONDITIONAL
+    CLASS_DROPOUT TIME_STEPS SCHEDULE_TYPE BETA_START BETA_END PREDICTION LOSS_WEIGHT TIME_SAMPLING NUM_SAMPLES
+    SAMPLER STEPS ETA SAVE_EVERY SAVE_MINUTES SAMPLE_EVERY LOG_EVERY DEVICE DATA_PATH CHECKPOINT_PATH OUTPUT_PATH
+    LOG_PATH
 """.split()
 
 
@@ -17,10 +18,19 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, SETTINGS)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refused if there is one already")
     parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the run that is there")
-    args = parser.parse_args()
-    if args.overwrite and not args.fresh:
-        parser.error("--overwrite goes with --fresh")
-    return args
+    parser.add_argument(
+        "--init_from",
+        metavar="FILE",
+        help="start a new run from the averaged weights of another checkpoint or weights.pth, as for fine-tuning; "
+        "optimizer, averages and counters start afresh (default: random weights)",
+    )
+    parser.add_argument(
+        "--ignore_mismatched_sizes",
+        action="store_true",
+        help="with --init_from: where the data have other channels or another number of classes, start the layers "
+        "that depend on them from random weights",
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
@@ -46,7 +56,13 @@ from src.monitor import Monitor, Silence, describe
 
 log = logging.getLogger("train")
 
-WEIGHTS_ONLY = ("settings", "epoch", "step", "ema")  # of a state, what sampling needs: a quarter of it, to hand on
+WEIGHTS_ONLY = (
+    "settings",
+    "init_from",
+    "epoch",
+    "step",
+    "ema",
+)  # of a state, what sampling needs: a quarter of it, to hand on
 
 
 class Trainer:
@@ -77,6 +93,7 @@ class Trainer:
         model, self.diffusion = pipeline.build(self.settings, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, self.settings)
 
+        self.init_from: dict[str, str] | None = None  # the file whose weights the run began with, and its SHA-256
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done of the next epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over the batches of this epoch
@@ -89,10 +106,20 @@ class Trainer:
         return {
             "settings": {name: value for name, value in self.settings.items() if "path" not in name},
             "data": self.data,
+            "init_from": self.init_from,
             "precision": str(self.precision),  # which "auto" does not tell
             **self.learner.state(),
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
+
+    def start_from(self, path: Path) -> None:
+        """Begin a new run with the averaged weights in checkpoint `path`; see `pipeline.initialise` for errors."""
+        learner = self.learner
+        sha256 = pipeline.initialise(learner.model, self.settings, path, self.args.ignore_mismatched_sizes)
+        self.world.agree(sha256, str(path))
+        learner.ema.model.load_state_dict(learner.model.state_dict())
+        self.init_from = {"file": path.name, "sha256": sha256}
+        log.info("starting from the averaged weights of %s", path)
 
     def resume(self, path: Path) -> None:
         """Take up the run in checkpoint `path`. Raises SettingError where it was trained with other settings."""
@@ -107,6 +134,12 @@ class Trainer:
             raise errors.SettingError(
                 f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "
                 "other paths (--checkpoint_path, --output_path, --log_path)"
+            )
+        self.init_from = state.get("init_from")
+        if self.args.init_from and Path(self.args.init_from).name != (self.init_from or {}).get("file"):
+            raise errors.SettingError(
+                f"{path} cannot be resumed with --init_from {self.args.init_from}: it did not start from that file. "
+                "Leave the flag out to go on, or start a new run with other paths"
             )
         for change in noted:
             log.warning("from here on, %s", change)
@@ -220,7 +253,10 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, step, latest)
                 self.world.wait()  # for torchrun ends all as soon as one has left
                 return 128 + stop.number
-            except OSError:  # a curve or a picture could not be written: that must not cost the training
+            except (
+                OSError,
+                errors.WriteError,
+            ):  # a curve or a picture could not be written: that must not cost the training
                 self.save("latest.pth")
                 raise
         best = Path(args.checkpoint_path, "best.pth")
@@ -237,8 +273,11 @@ def main(args: argparse.Namespace) -> int:
         world.agree(trainer.data, "the training images")  # and all have looked: now the files may change
         if earlier and not args.fresh:
             trainer.resume(earlier[0])
-        elif world.is_main:  # only now: a run that cannot start must not cost the old one
-            checkpoint.clear(directory, args.overwrite)
+        else:
+            if args.init_from:  # before the old run is deleted, whose weights these may be
+                trainer.start_from(Path(args.init_from))
+            if world.is_main:  # only now: a run that cannot start must not cost the old one
+                checkpoint.clear(directory, args.overwrite)
         world.agree(trainer.learner.steps, "the checkpoint to resume from")
         log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
         if trainer.epoch >= args.epochs:

@@ -1,9 +1,12 @@
 """What goes wrong in a way the user can mend, and how the scripts say so."""
 
+import contextlib
+import errno
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 
 
@@ -17,6 +20,30 @@ class SettingError(UserError):
     """A setting that cannot be, here or now: the user would have to give another one."""
 
     status = 2
+
+
+class WriteError(UserError):
+    """A result cannot be written where it belongs."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes the file `path`: an OSError in it becomes a WriteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise WriteError(f"cannot write {path} ({why}): free space or choose another place") from error
+
+
+# Errors of the system that somebody can mend who frees space or chooses another place. Any other OSError that was not
+# foreseen, such as a file that should be there and is not, is a defect of this program.
+PLACE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full: the disk, somebody's share of it, or the largest file
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # not to be written
+    *(errno.EIO, errno.ESTALE),  # a broken disk, a lost network drive
+    errno.EPIPE,  # nobody reads on
+}
 
 
 def explain_imports(script: str) -> None:
@@ -44,13 +71,15 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         quiet: show warnings and errors only.
     """
     logging.raiseExceptions = False  # nobody reads on, as in `train.py | head`: that must not end a training
-    threading.excepthook = lambda _: None  # TensorBoard's thread: its error comes up in the main thread, too
+    threading.excepthook = _mute_tensorboard
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         status = main()
     except UserError as error:
         message, status = str(error), error.status
     except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
         message, status = f"{error}; free space or choose another place", 1
     except ModuleNotFoundError as error:
         message, status = _no_package(error), 1
@@ -68,6 +97,12 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         sys.exit(status)
     print(f"{script}: error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _mute_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Say nothing of an error in TensorBoard's writing thread, for it is raised again in the main thread."""
+    if type(args.thread).__module__.partition(".")[0] != "tensorboard":
+        threading.__excepthook__(args)
 
 
 def _no_package(error: ModuleNotFoundError) -> str:

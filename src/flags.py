@@ -1,13 +1,13 @@
 """Constants of a module → flags: types from annotations, help from comments, and checks by the module's own rules.
 
-The module is handed in as `config`. Beside its constants it has RULES, RELATIONS, FREE_ON_RESUME, NOTED_ON_RESUME and
-`following`.
+The module is handed in as `config`. Beside its constants it has RULES, RELATIONS, GOES_WITH, FREE_ON_RESUME,
+NOTED_ON_RESUME and `following`.
 """
 
 import argparse
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
@@ -18,8 +18,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, config: ModuleType, description: str, settings: Iterable[str], **defaults: Any) -> None:
         """Flags for the constants named in `settings`; `defaults` replaces a constant's value for one script."""
-        super().__init__(description=description, allow_abbrev=False)
+        # Without argparse's defaults, what it returns is what was given, even where that equals a default.
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         self.config = config
+        self.defaults: dict[str, Any] = {}  # flag → value where it is not given
         self.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and results")
         comments, types = comments_of(config), get_type_hints(config)
         for name in settings:
@@ -31,12 +33,17 @@ class Parser(argparse.ArgumentParser):
             elif kind == list[int]:
                 options = {"type": int, "metavar": "int", "nargs": "+"}
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            self.add_argument(
-                f"--{name.lower()}",
-                default=value,
-                help=f"{comments.get(name, '')} (default: {shown})",
-                **options,
-            )
+            self.add_argument(f"--{name.lower()}", help=f"{comments.get(name, '')} (default: {shown})", **options)
+            self.defaults[name.lower()] = value
+
+    def add_argument(self, *names: str, default: Any = None, **options: Any) -> argparse.Action:
+        """As argparse's, but `default` is filled in by `parse_args`; that of a switch is False."""
+        if "help" in options:
+            options["help"] = options["help"].replace("%(default)s", str(default))
+        action = super().add_argument(*names, **options)
+        if action.dest != "help":
+            self.defaults[action.dest] = False if options.get("action") == "store_true" else default
+        return action
 
     def add_checkpoint(self) -> None:
         """--checkpoint, which model to use."""
@@ -71,15 +78,18 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        """Parse and check; every setting out of range is reported, with status 2."""
-        namespace = super().parse_args(*args, **kwargs)
-        if "dataset" in namespace:  # which decides on other defaults: once more, with those
-            self.set_defaults(**self.config.following(namespace.dataset))
-            namespace = super().parse_args(*args, **kwargs)
-        found = problems(self.config, vars(namespace))
-        if found:
+        """Parse and check; every setting out of range is reported, with status 2.
+
+        Returns:
+            All settings, and as `given` the list of those (lower-case names) that stood on the command line.
+        """
+        given = vars(super().parse_args(*args, **kwargs))
+        values = self.defaults | given
+        if "dataset" in values:  # which decides on other defaults
+            values |= self.config.following(values["dataset"]) | given
+        if found := problems(self.config, values, given.keys()):
             self.error("; ".join(found))
-        return namespace
+        return argparse.Namespace(**values, given=sorted(given))
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, which says what an unknown flag may have been meant for."""
@@ -89,8 +99,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def problems(config: ModuleType, values: dict[str, Any]) -> list[str]:
-    """What is wrong with these settings (lower-case names), a sentence each."""
+def problems(config: ModuleType, values: dict[str, Any], given: Collection[str]) -> list[str]:
+    """What is wrong with these settings (lower-case names), of which some were `given` as flags, a sentence each."""
     values = {name.upper(): value for name, value in values.items()}
     wrong = {
         name: kind
@@ -108,7 +118,12 @@ def problems(config: ModuleType, values: dict[str, Any]) -> list[str]:
     ]
     if found:
         return found  # a relation between settings that are themselves wrong would only confuse
-    return [
+    found += [
+        wording
+        for name, (other, holds, wording) in config.GOES_WITH.items()
+        if name.lower() in given and not holds(values[other])
+    ]
+    return found + [
         f"{wording} ({', '.join(f'{name} is {values[name]!r}' for name in names)})"
         for names, holds, wording in config.RELATIONS
         if values.keys() >= set(names) and not holds(*(values[name] for name in names))
@@ -116,11 +131,14 @@ def problems(config: ModuleType, values: dict[str, Any]) -> list[str]:
 
 
 def changed_settings(config: ModuleType, saved: dict[str, Any], wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs in the settings (lower-case names) of a resumed run, a sentence each: refused, and merely noted."""
+    """What differs in the settings (lower-case names) of a resumed run, a sentence each: refused, and merely noted.
+
+    A setting is any constant of config.py, whether or not it still has an annotation.
+    """
     refused, noted = [], []
-    for name in sorted(
-        wanted.keys() & {name.lower() for name in get_type_hints(config).keys() - config.FREE_ON_RESUME}
-    ):
+    for name in sorted(name for name in wanted if hasattr(config, name.upper())):
+        if name.upper() in config.FREE_ON_RESUME:
+            continue
         before = repr(saved[name]) if name in saved else "not recorded"
         if before != repr(wanted[name]):
             sentences = noted if name.upper() in config.NOTED_ON_RESUME else refused

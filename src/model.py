@@ -162,7 +162,8 @@ class UNet(nn.Module):
             for c_in, c, size in zip([dim, *widths[:-1]], widths, sizes, strict=True)
         )
         self.down_attention = nn.ModuleList(
-            attention_at(size, c) if encoder_attention else nn.Identity() for c, size in zip(widths, sizes, strict=True)
+            attention_at(size, c) if encoder_attention else nn.Identity()
+            for c, size in zip(widths, sizes, strict=True)
         )
         self.downsample = nn.ModuleList(nn.Conv2d(upper, upper, 3, stride=2, padding=1) for upper, _ in pairs)
         self.middle_in = ResnetBlock(widths[-1], widths[-1], time_width, sizes[-1], dropout)
@@ -190,9 +191,7 @@ class UNet(nn.Module):
         h = self.conv_in(x_t)  # (B, dim, H, W)
 
         skips = []
-        for block, attention, downsample in zip(
-            self.down, self.down_attention, [*self.downsample, None], strict=True
-        ):
+        for block, attention, downsample in zip(self.down, self.down_attention, [*self.downsample, None], strict=True):
             h = attention(block(h, emb))  # (B, width, H, W)
             skips.append(h)
             if downsample is not None:

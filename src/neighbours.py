@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
+from src.folder import ImageFiles  # what stands in for images that memory cannot hold
 from src.utils import image_grid, progress  # pairs make a picture; one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int) -> tuple[float, fl
     Precision is the share of generated points in the manifold of the real, recall that of real points in the
     manifold of the generated. Both depend on N and M, which should be equal.
 
+    Precision is unreliable for points far from the real ones: the ball of a single real outlier is large, and a
+    cluster of generated points that lies in it is counted as convincing.
+
     Raises ValueError if a set has no more than k points.
     """
     if min(len(real), len(generated)) <= k:
@@ -38,21 +42,35 @@ def _share_inside(queries: Tensor, points: Tensor, k: int) -> float:
     return inside.double().mean().item()
 
 
-def nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(images: Tensor, training: Tensor | ImageFiles, what: str = "images") -> tuple[Tensor, Tensor]:
     """The nearest of the training images (N, C, H, W) to each of the images (B, C, H, W), both uint8.
+
+    It goes through the training images once, however many images there are: they may have to be decoded. `what` is the
+    name of the images in the progress bar.
 
     Returns Euclidean distances over pixels in [0, 1], (B,) float32, exactly 0 for a copy, and indices (B,).
     """
-    queries = images.flatten(1).float() / 255  # (B, P)
-    best, index = torch.full((len(images),), torch.inf), torch.zeros(len(images), dtype=torch.long)
-    for number, part in enumerate(training.split(CHUNK)):
-        rows = part.flatten(1).float() / 255
-        # |q - r|² less |q|², which is the same for every r: one matrix product, and no (B, N, P) of differences.
-        values, where = torch.addmm(rows.square().sum(1), queries, rows.T, alpha=-2).min(1)
-        nearer = values < best
-        best, index = torch.where(nearer, values, best), torch.where(nearer, where + number * CHUNK, index)
-    # The product rounds: a copy would come out near 0, not at it.
-    return (queries - training[index].flatten(1).float() / 255).norm(dim=1), index
+    best, distances = torch.full((len(images),), torch.inf), torch.empty(len(images))
+    index = torch.zeros(len(images), dtype=torch.long)
+    chunks, first = -(-len(training) // CHUNK), 0
+    with progress(
+        log, iterable=training.split(CHUNK), total=chunks, desc=f"neighbours of {what}", unit="chunk"
+    ) as bar:
+        for part in bar:
+            rows = part.flatten(1).float() / 255  # (CHUNK, P)
+            squares = rows.square().sum(1)  # (CHUNK,)
+            for group in torch.arange(len(images)).split(CHUNK):
+                queries = images[group].flatten(1).float() / 255  # (CHUNK, P)
+                # |q - r|² less |q|², which is the same for every r: a matrix product, and no (B, N, P) of differences.
+                values, where = torch.addmm(squares, queries, rows.T, alpha=-2).min(1)
+                nearer = values < best[group]
+                chosen, where = group[nearer], where[nearer]
+                best[chosen], index[chosen] = values[nearer], where + first
+                # The product rounds, and a copy would come out near 0, not at it: the difference itself does not.
+                distances[chosen] = (queries[nearer] - rows[where]).norm(dim=1)
+            first += len(part)
+            bar.update()
+    return distances, index
 
 
 class Neighbours:
@@ -66,25 +84,19 @@ class Neighbours:
         test: images (M, C, H, W) of the same kind; the first TEST_IMAGES are used.
     """
 
-    def __init__(self, training: Tensor, test: Tensor) -> None:
+    def __init__(self, training: Tensor | ImageFiles, test: Tensor | ImageFiles) -> None:
         self.training = training
-        batches = test[:TEST_IMAGES].split(250)
-        with progress(log, iterable=batches, desc="neighbours of test images", unit="batch") as bar:
-            self.usual = torch.cat([nearest(batch, training)[0] for batch in bar])
-        self.distances: list[Tensor] = []
-        self.pairs = torch.empty(0, 2, *training.shape[1:], dtype=torch.uint8)  # generated, training; the nearest
-        self.pair_distances = torch.empty(0)
+        (few,) = test[:TEST_IMAGES].split(TEST_IMAGES)
+        self.usual, _ = nearest(few, training, "test images")
+        self.answered = 0  # batches that the kept answer of `search` is about
+        self.images: list[Tensor] = []  # bytes, so that even 10,000 of them take a tenth of what their features take
 
     def update(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Take in generated images (B, C, H, W), uint8 in [0, 255]; labels make no difference."""
-        distances, index = nearest(images, self.training)
-        self.distances.append(distances)
-        pairs = torch.cat([self.pairs, torch.stack([images, self.training[index]], dim=1)])
-        self.pair_distances, order = torch.cat([self.pair_distances, distances]).sort(stable=True)
-        self.pairs, self.pair_distances = pairs[order][:PAIRS], self.pair_distances[:PAIRS]
+        self.images.append(images)
 
     def compute(self) -> dict[str, float | list[str] | None]:
-        """What has been found in all images so far.
+        """The scores of all images so far.
 
         Returns:
             `nearest_median` and `nearest_median_test`, the median distances of generated and of test images;
@@ -92,16 +104,27 @@ class Neighbours:
             images that are (RARE, if they are as test images); `notes`.
         """
         threshold = self.usual.quantile(RARE).item()
-        distances = torch.cat(self.distances) if self.distances else torch.empty(0)
-        known = len(distances) > 0
-        return {
-            "nearest_median": distances.median().item() if known else None,
-            "nearest_median_test": self.usual.median().item(),
-            "nearest_threshold": threshold,
-            "nearest_flagged": (distances < threshold).double().mean().item() if known else None,
-            "notes": [] if known else ["Distances to training images are missing: there are no images."],
-        }
+        usual = {"nearest_median_test": self.usual.median().item(), "nearest_threshold": threshold}
+        if not self.images:
+            notes = ["Distances to training images are missing: there are no images."]
+            return {"nearest_median": None, "nearest_flagged": None, **usual, "notes": notes}
+        distances, _ = self.search()
+        flagged = (distances < threshold).double().mean().item()
+        return {"nearest_median": distances.median().item(), "nearest_flagged": flagged, **usual, "notes": []}
+
+    def search(self) -> tuple[Tensor, Tensor]:
+        """What `nearest` says of all images so far; the answer is kept, since `compute` and `pairs` both need it."""
+        if self.answered != len(self.images):
+            self.answer = nearest(torch.cat(self.images), self.training, "generated images")
+            self.answered = len(self.images)
+        return self.answer
+
+    def pairs(self) -> Tensor:
+        """The PAIRS generated images that are nearest to a training image, with it: (PAIRS, 2, C, H, W) uint8."""
+        distances, index = self.search()
+        order = distances.argsort(stable=True)[:PAIRS]
+        return torch.stack([torch.cat(self.images)[order], self.training[index[order]]], dim=1)
 
     def picture(self) -> Tensor:
-        """The PAIRS nearest pairs, (C, H', W') uint8: generated left, training image right, the nearest first."""
-        return image_grid(torch.cat([*self.pairs.unbind(1)], dim=3), columns=PAIRS_A_ROW, gap=8)
+        """The pairs as one picture, (C, H', W') uint8: generated left, training image right, the nearest first."""
+        return image_grid(torch.cat([*self.pairs().unbind(1)], dim=3), columns=PAIRS_A_ROW, gap=8)

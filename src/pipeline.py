@@ -3,6 +3,8 @@
 This is the one file of src that knows several siblings, so that no script has to assemble them twice.
 """
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from src.errors import SettingError, UserError
 from src.model import UNet
 from src.samplers import SAMPLERS
 from src.utils import ImageNoise, autocast, to_uint8
+
+log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = {"ddpm": 50, "ddim": 50, "dpmpp_2m": 20, "dpmpp_2m_sde": 30}  # measured: see the README
 
@@ -70,6 +74,52 @@ def restore(path: Path, device: torch.device, use_ema: bool = True) -> tuple[UNe
     except (KeyError, RuntimeError, ValueError) as error:  # settings or weights that this version does not know
         raise checkpoint.other_version(path) from error
     return unet.eval().requires_grad_(False), diffusion, settings
+
+
+DATA_LAYERS = {"conv_in", "conv_out", "label"}  # whose shapes depend on the channels and classes of the data
+SHAPE_SETTINGS = "image_size channels unet_dim unet_dim_mults encoder_attention classes".split()
+OBJECTIVE_SETTINGS = "prediction schedule_type time_steps".split()
+
+
+def initialise(unet: UNet, settings: Mapping[str, Any], path: Path, ignore_mismatched_sizes: bool = False) -> str:
+    """Start `unet` from the averaged weights of another checkpoint, or of a weights.pth.
+
+    Args:
+        unet: a fresh network, as `build` makes it from `settings`.
+        settings: of the new training.
+        path: the checkpoint.
+        ignore_mismatched_sizes: let the layers that depend on the data (first and last convolution, class embedding)
+            keep their random weights where their shape differs. Other layers have to fit.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        UserError: see `checkpoint.load`; or the file holds no averaged weights.
+        SettingError: the weights are those of another network.
+    """
+    state = checkpoint.load(path)
+    if "ema" not in state or "settings" not in state:
+        raise UserError(f"{path} holds no averaged weights: give another file as --init_from")
+    theirs, own = state["ema"], unet.state_dict()
+    fitting = {name: weight for name, weight in theirs.items() if name in own and weight.shape == own[name].shape}
+    misfits = {name.split(".")[0] for name in (theirs.keys() | own.keys()) - fitting.keys()}
+    before = UNRECORDED | state["settings"]
+    if misfits and not (ignore_mismatched_sizes and misfits <= DATA_LAYERS):
+        changes = [
+            f"{name.upper()} is {before.get(name)} there and {settings[name]} here"
+            for name in SHAPE_SETTINGS
+            if before.get(name) != settings[name]
+        ]
+        remedy = "use the same values"
+        if misfits <= DATA_LAYERS:
+            remedy += f", or add --ignore_mismatched_sizes to start {', '.join(sorted(misfits))} from random weights"
+        raise SettingError(f"--init_from {path} is another network: {'; '.join(changes) or 'its layers'}: {remedy}")
+    for name in OBJECTIVE_SETTINGS:
+        if before.get(name) != settings[name]:
+            log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
+    unet.load_state_dict(own | fitting)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:

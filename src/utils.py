@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from src.errors import SettingError  # an absent device or an unwritable place is something the user can mend
+from src.errors import SettingError, writing  # an absent device or an unwritable place is something the user can mend
 
 GRID_IMAGES = 64  # most that the grid of sample.py and of eval.py shows, 8 × 8
 CLASS_COLUMNS = 10  # most images of a class that a grid by class shows
@@ -48,7 +48,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    # The processor has them, and torch was not told to compute as an older one (ATEN_CPU_CAPABILITY).
+    used = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fast = used and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -174,14 +176,17 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write (C,H,W) uint8 as an 8-bit PNG, grey or RGB by its channels."""
-    to_pil(image).save(path)
+    with writing(path):
+        to_pil(image).save(path)
 
 
 def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:
     """Write pictures (C,H,W) uint8 as an endless animation of `seconds`, resting on the last for `hold`."""
     durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * hold)]
     first, *rest = map(to_pil, frames)
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    with writing(path):
+        # Pillow's optimised palettes shift greys by several levels where a frame has all 256 of them.
+        first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
 
 
 def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path) -> None:
@@ -201,4 +206,5 @@ def plot_losses(train: Sequence[float], validation: Sequence[float], path: Path)
         axes.set_xlim(0, 2)  # one point has no width to choose the ticks by
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)

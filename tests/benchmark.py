@@ -2,6 +2,7 @@
 
     python tests/benchmark.py
     pip install denoising-diffusion-pytorch diffusers    # these are measured beside it where installed
+    python tests/benchmark.py --tables contention evaluation    # what takes long, or all of the machine
 
 Tasks run in turn (A B A B …), so that whatever else the machine is doing falls on all alike; a time is the median.
 Training is a whole step (drawing a batch, forward, backward, clipping, optimiser, average), inference is one
@@ -10,12 +11,16 @@ forward pass's in training. "Of peak" compares them with a large matrix product 
 the tasks. That is a yardstick, not a bound: convolutions have short cuts, such as TF32 for float32 on CUDA.
 """
 
+import itertools
 import logging
 import math
+import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -54,11 +60,15 @@ class Plan:
     steps: Sequence[int] = (0, 10, 20, 50)  # 0 = the sampler's own number
     samples: int = 32  # images whose sampling is timed
     many: Sequence[int] = (256, 2048)  # numbers of images whose sampling's memory is compared
+    busy: Sequence[int] = (0, 1, 2)  # other processes beside a training
+    scored: Sequence[int] = (1000, 10_000)  # numbers of images whose scoring's memory is compared
+    threads: Sequence[int] = (1, 2)  # with which they are scored
 
 
 QUICK = Plan(
     {"batch_size": 4, "unet_dim": 8, "unet_dim_mults": [1, 2], "val_size": 10}, seconds=0, turns=1, compiled=False,
     matrix=64, batch_sizes=(2, 4), image_sizes=(16, 32), steps=(0, 1, 2), samples=2, many=(2, 4),
+    busy=(0, 1), scored=(4, 6), threads=(1,),
 )  # fmt: skip
 
 
@@ -208,8 +218,9 @@ def show_sampling(plan: Plan) -> None:
     show_table(f"{config.SAMPLER}, steps | images/s | {plan.samples} images, s", rows)
 
 
-def show_scoring(plan: Plan, device: torch.device) -> None:
+def show_scoring(plan: Plan) -> None:
     """How fast Inception looks at images."""
+    device = utils.pick_device(plan.settings["device"])
     images = contestants.noise(plan.samples, 1, 32, 32)
     times = alternate("scoring", {n: partial(look, images) for n, look in contestants.scorers(device).items()}, plan)
     show_table("scoring | images/s", [(name, len(images) / t.usual) for name, t in times.items()])
@@ -225,31 +236,104 @@ def show_memory(plan: Plan) -> None:
     show_table("sampled images | peak memory, MB", rows)
 
 
-def main(plan: Plan) -> int:
-    """Measure everything in `plan`, printing each table when it is done; returns the exit status."""
+# How OpenMP's threads wait for each other: what is set in the environment before torch is loaded.
+WAITING = {
+    "as OpenMP does by itself": {},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+}
+
+
+def training_speed(settings: dict[str, Any], seconds: float) -> float:
+    """Images a second of a training, after a few steps to warm up."""
+    run = trainer(4096, **settings)
+    step = ours("", run).train_step
+    drawn = contestants.batches(run)
+    for _ in range(3):
+        step(next(drawn))
+    start, steps = time.perf_counter(), 0
+    while not steps or time.perf_counter() < start + seconds:
+        step(next(drawn))
+        steps += 1
+    return steps * run.args.batch_size / (time.perf_counter() - start)
+
+
+def show_contention(plan: Plan) -> None:
+    """A training's speed beside busy processes, by how its threads wait; on the CPU, with a thread for each core."""
+    settings, speeds = plan.settings | {"device": "cpu"}, {(name, n): [] for name in WAITING for n in plan.busy}
+    for busy in plan.busy:
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        try:
+            for _ in range(plan.turns):
+                for name, variables in WAITING.items():
+                    log.info("measuring contention: %s, %d busy processes beside", name, busy)
+                    with (
+                        mock.patch.dict(os.environ, variables),
+                        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
+                    ):
+                        speed = process.submit(training_speed, settings, plan.seconds).result()
+                    speeds[name, busy].append(speed)
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+    rows = [(name, *(statistics.median(speeds[name, n]) for n in plan.busy)) for name in WAITING]
+    show_table("training, images/s | " + " | ".join(f"{n} busy processes" for n in plan.busy), rows)
+
+
+def show_evaluation(plan: Plan) -> None:
+    """Peak memory of eval.py and what the features take of it, by images and threads; needs the whole data set."""
+    root = Path(__file__).parent.parent
+    rows = []
+    for threads, images in itertools.product(plan.threads, plan.scored):
+        log.info("measuring memory: eval.py with %d images, %d threads", images, threads)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(root / "eval.py"), "--checkpoint", str(root / "weights/fashion-mnist.pth")]
+            command += ["--num_samples", str(images), "--steps", "2", "--device", "cpu", "--output_dir", folder]
+            child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
+            _, status, usage = os.wait4(child.pid, 0)
+            if status:
+                raise errors.UserError(f"eval.py failed with status {os.waitstatus_to_exitcode(status)}")
+        peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
+        rows.append((threads, images, peak, images * 2048 * 4 / 1e6))
+    show_table("threads | images scored | peak memory, MB | their features, MB", rows)
+
+
+TABLES: dict[str, Callable[[Plan], None]] = {
+    "networks": compare,
+    "batch_size": lambda plan: show_growth("batch_size", plan.batch_sizes, plan),
+    "image_size": lambda plan: show_growth("image_size", plan.image_sizes, plan),
+    "sampling": show_sampling,
+    "scoring": show_scoring,
+    "memory": show_memory,
+    "contention": show_contention,
+    "evaluation": show_evaluation,
+}
+USUAL = [name for name in TABLES if name not in ("contention", "evaluation")]
+
+
+def main(plan: Plan, tables: Sequence[str] = USUAL) -> int:
+    """Measure what `plan` says, printing each table when it is done; returns the exit status."""
     device = utils.pick_device(plan.settings.get("device", config.DEVICE))
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # the one that `clock` waits for
-    compare(plan)
-    show_growth("batch_size", plan.batch_sizes, plan)
-    show_growth("image_size", plan.image_sizes, plan)
-    show_sampling(plan)
-    show_scoring(plan, device)
-    show_memory(plan)
+    for name in tables:
+        TABLES[name](plan)
     return 0
 
 
-def parse_args() -> tuple[Plan, bool]:
-    """The plan that the command line asks for, and whether to be quiet."""
+def parse_args() -> tuple[Plan, list[str], bool]:
+    """The plan that the command line asks for, its tables, and whether to be quiet."""
     parser = flags.Parser(config, __doc__.splitlines()[0], ["DEVICE"])
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="for each task (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds in all: does it still run?")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=USUAL, help=f"default: {' '.join(USUAL)}")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan(seconds=args.seconds)
-    return replace(plan, settings=plan.settings | {"device": args.device}), args.quiet
+    return replace(plan, settings=plan.settings | {"device": args.device}), args.tables, args.quiet
 
 
 if __name__ == "__main__":
-    PLAN, QUIET = parse_args()
+    PLAN, NAMES, QUIET = parse_args()
     logging.basicConfig(level=logging.WARNING if QUIET else logging.INFO, format="%(message)s", stream=sys.stderr)
-    errors.run(partial(main, PLAN), "benchmark.py", QUIET)
+    errors.run(partial(main, PLAN, NAMES), "benchmark.py", QUIET)

@@ -1,7 +1,12 @@
 """What the tests of whole scripts share: small settings, one short training, and ways to look at results."""
 
-import argparse
 import os
+
+# One thread for each process of tests, of which pytest-xdist starts one a core; whatever they start inherits it. It is
+# read once, when torch is imported, and so stands above that. Another number may be set from outside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
 import shutil
 import subprocess
 import sys
@@ -24,7 +29,6 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
     "PYTHONDONTWRITEBYTECODE": "1",
-    "OMP_NUM_THREADS": "1",  # tiny networks gain nothing from more
 }
 
 # A network of 35,000 parameters, and few images: seconds where the defaults take hours.

@@ -86,15 +86,20 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --channels 2", 2, "CHANNELS is 2, but must be 1 (grayscale) or 3 (colour)"),
     ("train.py --dataset cifar10 --image_size 32 --channels 1", 2, "CHANNELS is 1, but must be 3 with DATASET"),
     ("train.py --schedule_type linear --beta_start 0.03", 2, "BETA_START must be below BETA_END (BETA_START is 0.03"),
-    ("train.py --beta_start 1e-3", 2, "BETA_START and BETA_END are for SCHEDULE_TYPE linear only"),
+    ("train.py --beta_start 1e-3", 2, "--beta_start is for --schedule_type linear"),
+    ("train.py --beta_end 0.02", 2, "--beta_end is for --schedule_type linear"),  # the default's value, but given
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("sample.py --sampler dpmpp_2m --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
-    ("sample.py --guidance_scale 2", 2, "GUIDANCE_SCALE goes with --class"),
+    ("train.py --ignore_mismatched_sizes", 2, "--ignore_mismatched_sizes goes with --init_from"),
+    ("train.py --init_from nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
+    ("sample.py --guidance_scale 2", 2, "--guidance_scale goes with --class"),
+    ("sample.py --guidance_scale 1", 2, "--guidance_scale goes with --class"),  # the default's value, but given
     ("sample.py --class bag --guidance_scale -1", 2, "GUIDANCE_SCALE is -1.0, but must be from 0"),
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
+    ("sample.py --interp_steps 10", 2, "--interp_steps goes with --interpolate"),  # the default's value, but given
     ("sample.py --interpolate --sampler ddpm", 2, "--interpolate needs a deterministic sampler"),
     # too much for the data, the machine, or the run that is there
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
@@ -215,6 +220,22 @@ def test_there_are_cases_of_every_rule_that_a_flag_can_break():
     for name in config.RULES.keys() - free:
         assert f"--{name.lower()}" in commands or name in {"OUTPUT_PATH", "LOG_PATH"}, name
     assert len(CASES) >= 45
+
+
+@pytest.mark.parametrize(("flags", "path"), [("", "./data/fashion-mnist-tiny"), (config.DATA_PATH, config.DATA_PATH)])
+def test_a_data_path_that_equals_the_default_is_used_as_given(flags, path, place, monkeypatch):
+    """Without the flag, the path is that of the checkpoint's data set."""
+    asked = []
+
+    def load(name, root, *rest):
+        asked.append((name, root))
+        raise errors.UserError("far enough")
+
+    monkeypatch.setattr(evaluate.dataset, "load", load)
+    command = f"--checkpoint model.pth --device cpu {flags and '--data_path ' + flags}"
+    with pytest.raises(errors.UserError, match="far enough"):
+        evaluate.main(arguments(evaluate, *command.split()))
+    assert asked == [("fashion-mnist-tiny", path)]
 
 
 def test_several_mistakes_are_reported_together(place, call):

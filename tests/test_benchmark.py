@@ -24,6 +24,20 @@ def test_it_prints_every_table_whole(monkeypatch, capsys):
     assert "nan" not in printed and "GFLOP/s in float32" in printed and "drawing the batch" in printed
 
 
+def test_a_training_beside_busy_processes_is_measured_in_processes_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "WAITING", {"one thread": {"OMP_NUM_THREADS": "1"}})
+    assert benchmark.main(replace(benchmark.QUICK, busy=(1,)), ["contention"]) == 0
+    speed = capsys.readouterr().out.splitlines()[-1].split("|")[2]
+    assert float(speed.replace(",", "")) > 0
+
+
+@pytest.mark.slow
+def test_an_evaluation_s_peak_memory_is_that_of_a_process_of_its_own(capsys):
+    assert benchmark.main(benchmark.QUICK, ["evaluation"]) == 0
+    peaks = [float(row.split("|")[3].replace(",", "")) for row in capsys.readouterr().out.splitlines()[-2:]]
+    assert all(300 < peak < 10_000 for peak in peaks)
+
+
 def test_tasks_take_turns_and_one_without_memory_is_left_out():
     calls = []
 

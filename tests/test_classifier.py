@@ -152,8 +152,13 @@ def test_noise_is_far_away_and_not_convincing(tiny, honest):
     noise = torch.randint(0, 256, (500, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     scores = scores_of(tiny, noise)
     assert scores["classifier_fd"] > 5 * honest["classifier_fd"]
-    assert scores["classifier_precision"] < 0.5 * honest["classifier_precision"]
+    # Every image of noise looks alike to the network, so their balls are small and hold no real image.
+    assert scores["classifier_recall"] < 0.1 < 0.6 < honest["classifier_recall"]
     assert scores["classifier_score_mean"] < 0.5 * honest["classifier_score_mean"]
+    in_rarest = [sum(sorted(found["class_histogram"].values())[:5]) for found in (scores, honest)]
+    assert in_rarest[0] < 25 < 150 < in_rarest[1]  # of 500 images, how many are in the five rarest classes
+    # Not asserted: the precision. It is between 0.24 and 0.97, depending on the processor: noise lies in one place
+    # far from the data, and it lies in the ball of a real image or it does not.
 
 
 def test_one_class_alone_shows_in_the_histogram_and_the_recall(tiny, honest):
@@ -162,7 +167,8 @@ def test_one_class_alone_shows_in_the_histogram_and_the_recall(tiny, honest):
     mixed = scores_of(tiny, tiny.images[: len(trousers)])  # as many, of all classes
     assert scores["class_histogram"]["trouser"] > 0.8 * len(trousers) > 3 * mixed["class_histogram"]["trouser"]
     assert scores["classifier_precision"] > 0.6
-    assert scores["classifier_recall"] < 0.5 * mixed["classifier_recall"]
+    # A share of 500 test images has a standard error of 0.022 at most; training rounds differently on every processor.
+    assert scores["classifier_recall"] < mixed["classifier_recall"] - 0.25
     assert scores["classifier_score_mean"] < 0.5 * mixed["classifier_score_mean"]
     assert scores["classifier_fd"] > 3 * mixed["classifier_fd"]
 

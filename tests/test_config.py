@@ -26,7 +26,8 @@ from src.ema import EMA
 from src.model import UNet
 
 CONSTANTS = [name for name in vars(config) if re.fullmatch(r"[A-Z0-9_]+", name)]
-SETTINGS = [n for n in CONSTANTS if n not in {"POSITIVE", "RULES", "RELATIONS", "FREE_ON_RESUME", "NOTED_ON_RESUME"}]
+TABLES = {"POSITIVE", "RULES", "RELATIONS", "GOES_WITH", "FREE_ON_RESUME", "NOTED_ON_RESUME"}
+SETTINGS = [name for name in CONSTANTS if name not in TABLES]
 DOCUMENTED = {
     "BATCH_SIZE": 64,
     "LEARNING_RATE": 1e-3,
@@ -118,6 +119,19 @@ def test_only_settings_that_leave_the_weights_alone_may_change_on_resume():
         "UNET_DIM was 32 and is now 64",
     ]
     assert noted == ["LEARNING_RATE was 0.001 and is now 0.0001"]
+
+
+def test_settings_are_compared_on_resume_by_their_names_and_not_by_their_annotations(monkeypatch):
+    """`SEED = 5`, written without the annotation, is as much another seed as `SEED: int = 5`."""
+    monkeypatch.delitem(config.__annotations__, "SEED")
+    assert flags.changed_settings(config, {"seed": 0}, {"seed": 5})[0] == ["SEED was 0 and is now 5"]
+
+
+def test_what_was_given_is_told_from_what_equals_the_default(monkeypatch):
+    args = parse(train, monkeypatch, "--epochs", "200", "--lr_decay", "0.5")
+    assert (args.epochs, args.given) == (config.EPOCHS, ["epochs", "lr_decay"])
+    assert parse(sample, monkeypatch, "--class", "bag", "--quiet").given == ["classes", "quiet"]
+    assert parse(sample, monkeypatch).given == []
 
 
 @pytest.mark.parametrize("edit", ["EPOCHS = 20", "EPOCHS: int = 20", "EPOCHS = 20 # passes"])

@@ -89,16 +89,38 @@ def test_maps_shrink_by_strided_and_grow_by_transposed_convolutions(unet):
 
 
 def test_attention_runs_on_16x16_and_8x8_and_in_the_middle_on_4x4(unet):
-    assert maps_attended(unet) == {(16, 16): 1, (8, 8): 1, (4, 4): 1}  # on the way up, and in the middle
+    assert maps_attended(unet) == {(16, 16): 2, (8, 8): 2, (4, 4): 1}  # down and up; the last is the middle's
     assert isinstance(unet.middle_attention, Attention)
+
+
+def test_attention_follows_the_resnet_block_of_each_level_both_ways(unet):
+    ran, hooks = [], []
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock | Attention):
+            hooks.append(module.register_forward_hook(lambda m, x, y: ran.append((type(m).__name__[0], y.shape[-1]))))
+    unet(noise(1, 1, 32, 32), torch.tensor([5]))
+    for hook in hooks:
+        hook.remove()
+    down = [("R", 32), ("R", 16), ("A", 16), ("R", 8), ("A", 8), ("R", 4)]
+    up = [("R", 4), ("R", 8), ("A", 8), ("R", 16), ("A", 16), ("R", 32)]
+    assert ran == [*down, ("R", 4), ("A", 4), ("R", 4), *up]
+
+
+def test_without_encoder_attention_the_network_is_that_of_older_checkpoints():
+    """Same names of the same weights, less those of the attention on the way down."""
+    whole, older = UNet(dim=8), UNet(dim=8, encoder_attention=False)
+    assert maps_attended(older) == {(16, 16): 1, (8, 8): 1, (4, 4): 1}
+    names = set(whole.state_dict()) - set(older.state_dict())
+    assert {name.split(".")[0] for name in names} == {"down_attention"}
+    assert set(older.state_dict()) < set(whole.state_dict())
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"image_size": 64, "dim_mults": (1, 2, 4, 8)}, {(16, 16): 1, (8, 8): 2}),  # whose middle is at 8×8
-        ({"image_size": 16, "dim_mults": (1, 2, 4)}, {(16, 16): 1, (8, 8): 1, (4, 4): 1}),
-        ({"image_size": 32, "dim_mults": (1, 2)}, {(16, 16): 2}),
+        ({"image_size": 64, "dim_mults": (1, 2, 4, 8)}, {(16, 16): 2, (8, 8): 3}),  # whose middle is at 8×8
+        ({"image_size": 16, "dim_mults": (1, 2, 4)}, {(16, 16): 2, (8, 8): 2, (4, 4): 1}),
+        ({"image_size": 32, "dim_mults": (1, 2)}, {(16, 16): 3}),
         ({"image_size": 28, "dim_mults": (1, 2)}, {(14, 14): 1}),
     ],
 )
@@ -157,7 +179,7 @@ def test_statistics_of_normalisation_are_taken_in_float32(monkeypatch):
 def test_each_level_up_reads_what_its_level_down_wrote(unet, level):
     seen = {}
     hooks = [
-        unet.down[level].register_forward_hook(lambda m, x, y: seen.update(wrote=y)),
+        unet.down_attention[level].register_forward_hook(lambda m, x, y: seen.update(wrote=y)),
         unet.up[level].register_forward_hook(lambda m, x, y: seen.update(read=x[0])),
     ]
     unet(noise(2, 1, 32, 32), torch.tensor([5, 900]))

@@ -1,10 +1,13 @@
 """Precision and recall of points whose answer can be seen, and nearest neighbours against a search in full."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
 
-from src import neighbours
+from src import folder, neighbours
+from src.utils import save_png
 
 
 def points(*rows: float | tuple[float, ...]) -> Tensor:
@@ -107,15 +110,34 @@ def test_the_picture_shows_the_nearest_pairs_the_nearest_first(found):
     copies = found.training[[5, 17]]
     for batch in (random_images(30, seed=3), copies[:1], random_images(30, seed=4), copies[1:]):
         found.update(batch, labels=torch.zeros(len(batch)))
-    assert found.pairs.shape == (16, 2, 1, 6, 5)
-    assert torch.equal(found.pairs[:2], torch.stack([copies, copies], dim=1))
-    distances = (found.pairs[:, 0].float() - found.pairs[:, 1].float()).flatten(1).norm(dim=1)
+    pairs = found.pairs()
+    assert pairs.shape == (16, 2, 1, 6, 5)
+    assert torch.equal(pairs[:2], torch.stack([copies, copies], dim=1))
+    distances = (pairs[:, 0].float() - pairs[:, 1].float()).flatten(1).norm(dim=1)
     assert distances.equal(distances.sort().values) and distances[2] > 0
     everything = torch.cat([random_images(30, seed=3), random_images(30, seed=4)])
     assert distances[2] / 255 == pytest.approx(neighbours.nearest(everything, found.training)[0].min().item())
     picture = found.picture()  # 4 × 4 tiles of 6 × 10, each framed in 4
     assert picture.shape == (1, 4 * 14, 4 * 18)
     assert torch.equal(picture[:, 4:10, 4:14], torch.cat([copies[0], copies[0]], dim=2))
+
+
+def test_images_in_files_are_decoded_once_however_many_are_generated(tmp_path, monkeypatch):
+    """A pass for the test images, one for all generated batches together, and the few that the picture shows."""
+    for number, image in enumerate(random_images(40, seed=1, shape=(1, 8, 8))):
+        save_png(image, tmp_path / f"{number:02}.png")
+    files = folder.ImageFiles([str(path) for path in sorted(tmp_path.iterdir())], 8, 1)
+    decoded, decode = Counter(), folder.decode
+    monkeypatch.setattr(folder, "decode", lambda path, *args: decoded.update([path]) or decode(path, *args))
+    monkeypatch.setattr(neighbours, "CHUNK", 16)
+    found = neighbours.Neighbours(files, random_images(30, seed=2, shape=(1, 8, 8)))
+    for seed in range(3, 13):
+        found.update(random_images(20, seed, shape=(1, 8, 8)))
+    scores, picture = found.compute(), found.picture()
+    assert decoded.total() == 2 * len(files) + neighbours.PAIRS
+    in_memory = neighbours.Neighbours(files[range(40)], random_images(30, seed=2, shape=(1, 8, 8)))
+    in_memory.update(torch.cat(found.images))
+    assert in_memory.compute() == scores and torch.equal(in_memory.picture(), picture)
 
 
 def test_without_images_there_is_a_note_and_no_number(found):

@@ -190,8 +190,8 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    parts = "program format settings data precision model ema optimizer rng epoch batch step loss_sum best history"
-    assert set(state) == set(parts.split())
+    parts = "program format settings data init_from precision model ema optimizer rng epoch batch step loss_sum best"
+    assert set(state) == {*parts.split(), "history"}
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
     assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
     assert state["best"] == min(state["history"]["val"])
@@ -213,8 +213,16 @@ def test_a_diverging_run_stops_before_it_saves_ruined_weights(quick, failing, sa
 
 
 def test_auto_is_bfloat16_where_the_processor_has_it_and_float32_elsewhere(monkeypatch):
-    cpu = torch.device("cpu")
-    for amx, avx, chosen in [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)]:
+    """And where torch was told to compute as an older one (ATEN_CPU_CAPABILITY), it is float32, too."""
+    cpu, half, single = torch.device("cpu"), torch.bfloat16, torch.float32
+    for amx, avx, used, chosen in [
+        (0, 0, "AVX512", single),
+        (1, 0, "AVX512", half),
+        (0, 1, "AVX512", half),
+        (1, 1, "AVX2", single),
+        (1, 1, "DEFAULT", single),
+    ]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda used=used: used)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: bool(avx))
         assert utils.pick_precision("auto", cpu) == chosen
