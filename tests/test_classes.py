@@ -1,13 +1,16 @@
-"""Class labels: what the network is told and when not, guidance, and `sample.py --class`."""
+"""Class labels: what the network is told and when not, guidance, `sample.py --class` and `eval.py --class`."""
+
+import json
 
 import pytest
 import torch
 from conftest import arguments, read_png
 from torch import Tensor, nn
 
+import eval as evaluate
 import sample
 import train
-from src import checkpoint, pipeline
+from src import checkpoint, classifier, dataset, inception, likelihood, metrics, neighbours, pipeline
 from src.diffusion import Diffusion
 from src.errors import SettingError
 from src.learner import Learner
@@ -233,3 +236,61 @@ def test_classes_are_known_by_name_and_number():
         pipeline.pick_classes(["all", "star"], known)
     with pytest.raises(SettingError, match="this one was told none"):
         pipeline.pick_classes(["all"], [])
+
+
+# ---- what images of some classes are compared with --------------------------------------------------------
+
+
+class Eye:
+    """Stands in for Inception and for the classifier: features are the brightness of an image's quarters."""
+
+    name, num_features, sha256, has_logits = "quarters", 4, "5" * 64, True
+
+    def to(self, device: torch.device) -> "Eye":
+        return self
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        return 1.0
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        quarters = nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)  # (B, 4)
+        return quarters, quarters.repeat(1, 3)[:, :10]
+
+
+@pytest.mark.parametrize(("asked", "labels"), [(["bag", "coat"], [8, 4]), (["all"], [*range(10)]), ([], [*range(10)])])
+def test_images_of_some_classes_are_compared_with_real_ones_of_those(asked, labels, data, tmp_path, monkeypatch):
+    """Of all scores; only copies are looked for among all images, and the test images of all say what is usual."""
+    small = ["--dataset", "fashion-mnist-tiny", "--image_size", 28, "--unet_dim", 8, "--unet_dim_mults", 1, 2]
+    settings = vars(arguments(train, *small, "--time_steps", 10))
+    settings["classes"] = list(dataset.classes("fashion-mnist-tiny", data))
+    unet, _ = pipeline.build(settings, CPU)
+    checkpoint.save(tmp_path / "model.pth", {"settings": settings, "ema": unet.state_dict()})
+
+    compared, usual = [], []
+    reference_features, init = metrics.reference_features, neighbours.Neighbours.__init__
+
+    def spy_features(images: Tensor, extractor: Eye) -> Tensor:
+        compared.append(images)
+        return reference_features(images, extractor, tmp_path / "cache")
+
+    def spy_init(self: neighbours.Neighbours, training: Tensor, test: Tensor) -> None:
+        usual.append(test)
+        init(self, training, test)
+
+    monkeypatch.setattr(metrics, "reference_features", spy_features)
+    monkeypatch.setattr(neighbours.Neighbours, "__init__", spy_init)
+    monkeypatch.setattr(inception, "weights", lambda path: path)
+    monkeypatch.setattr(inception, "Extractor", lambda path: Eye())
+    monkeypatch.setattr(classifier, "trained", lambda *_: Eye())
+    monkeypatch.setattr(likelihood, "bits_per_dim", lambda *_: (1.0, 0.1))
+    flags = ["--checkpoint", tmp_path / "model.pth", "--data_path", data, "--output_dir", tmp_path, "--device", "cpu"]
+    flags += ["--num_samples", 4, "--steps", 1, *(["--class", *asked] if asked else [])]
+    assert evaluate.main(arguments(evaluate, *flags)) == 0
+
+    images, classes = dataset.load("fashion-mnist-tiny", data, "test", 28)
+    expected = images[[label in labels for label in classes.tolist()]]
+    assert len(expected) == 500 if len(labels) == 10 else 50 < len(expected) < 150
+    assert [torch.equal(seen, expected) for seen in compared] == [True, True]  # by Inception, by the classifier
+    assert [torch.equal(seen, images) for seen in usual] == [True]
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["scores"]["num_reference_images"] == report["protocol"]["reference"]["images"] == len(expected)

@@ -1,18 +1,29 @@
 """One source for constants, flags and help; every mistake named with its value and its remedy, status 2."""
 
 import argparse
+import inspect
 import re
 import subprocess
 import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from conftest import arguments
 
 import config
 import eval as evaluate
 import sample
 import train
-from src import flags
+from src import checkpoint, dataset, flags, learner, pipeline, utils
+from src.diffusion import Diffusion
+from src.ema import EMA
+from src.model import UNet
 
 CONSTANTS = [name for name in vars(config) if re.fullmatch(r"[A-Z0-9_]+", name)]
 TABLES = {"POSITIVE", "RULES", "RELATIONS", "GOES_WITH", "FREE_ON_RESUME", "NOTED_ON_RESUME"}
@@ -53,14 +64,6 @@ def test_the_defaults_that_people_rely_on_have_not_moved():
 def test_every_constant_is_a_flag_of_some_script_and_is_documented():
     used = {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS, "EVAL_SAMPLES", "SAMPLE_BATCH", "GUIDANCE_SCALE"}
     assert used == set(SETTINGS) == set(flags.comments_of(config))
-
-
-def test_every_setting_is_read_somewhere():
-    """A flag that is accepted and then ignored is worse than none."""
-    root = Path(config.__file__).parent
-    code = "".join(path.read_text() for path in [*root.glob("[tse]*.py"), *root.glob("src/*.py")])
-    for name in {*train.SETTINGS, *sample.SETTINGS, *evaluate.SETTINGS}:
-        assert re.search(rf"args\.{name.lower()}\b|settings\[\"{name.lower()}\"\]|\"{name.lower()}\"", code), name
 
 
 def test_flags_override_constants_and_keep_their_types(monkeypatch):
@@ -141,3 +144,218 @@ def test_a_constant_may_lose_its_annotation_or_its_comment(edit, tmp_path):
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(config.__file__).parent}", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("20\n", "")
+
+
+# ---- every flag of every script has its effect -------------------------------------------------------------
+
+# For each script: how it is run, with every setting unlike its default; and the function and its parameter that each
+# setting has to reach. A flag that is accepted and then ignored is worse than none.
+TRAIN = """
+    --dataset mnist --val_size 21 --image_size 8 --channels 3 --batch_size 6 --learning_rate 0.002 --lr_warmup 3
+    --lr_decay 0.25 --adam_beta2 0.97 --accumulate 2 --epochs 3 --grad_clip 0.7 --ema_decay 0.8 --seed 11
+    --precision bfloat16 --dropout 0.2 --compile --unet_dim 8 --unet_dim_mults 1 2 --no-encoder_attention
+    --class_dropout 1 --time_steps 30 --schedule_type linear --beta_start 0.001 --beta_end 0.01 --prediction x0
+    --loss_weight min_snr --time_sampling uniform --num_samples 2 --sampler ddim --steps 3 --eta 0.5 --save_every 2
+    --save_minutes 50 --sample_every 2 --log_every 4 --device cuda:1 --data_path other/data
+    --checkpoint_path other/checkpoints --output_path other/outputs --log_path other/logs
+"""
+GENERATE = (
+    "--num_samples 3 --seed 11 --precision bfloat16 --batch_size 2 --device cuda:1 --class b --guidance_scale 2.5"
+)
+SCRIPTS: dict[str, ModuleType] = {"train": train, "sample": sample, "eval": evaluate}
+RUNS = {
+    "train": [TRAIN, f"{TRAIN} --no-class_conditional --epochs 1"],
+    "sample": [
+        f"{GENERATE} --sampler ddim --steps 3 --eta 0.5",
+        f"{GENERATE} --sampler ddim --steps 3 --interpolate --interp_steps 4",
+    ],
+    "eval": [f"{GENERATE} --sampler ddim --steps 3 --eta 0.5 --data_path other/data"],
+}
+GENERATOR = {
+    "NUM_SAMPLES": ("Generator.generate", "count"),
+    "SAMPLER": ("Generator.__init__", "sampler"),
+    "STEPS": ("Generator.__init__", "steps"),
+    "ETA": ("Generator.__init__", "eta"),
+    "SEED": ("Generator.generate", "seed"),
+    "PRECISION": ("Generator.__init__", "precision"),
+    "BATCH_SIZE": ("Generator.generate", "batch_size"),
+    "DEVICE": ("utils.pick_device", "name"),
+}
+PLACES = {
+    "sample": {
+        **GENERATOR,
+        "GUIDANCE_SCALE": ("Generator.__init__", "guidance_scale"),
+        "INTERP_STEPS": ("Generator.interpolate", "frames"),
+    },
+    "eval": {
+        **GENERATOR,
+        "GUIDANCE_SCALE": ("Generator.__init__", "guidance_scale"),
+        "DATA_PATH": ("dataset.load", "root"),
+    },
+    "train": {
+        **GENERATOR,
+        "DATASET": ("dataset.load", "name"),
+        "DATA_PATH": ("dataset.load", "root"),
+        "IMAGE_SIZE": ("UNet.__init__", "image_size"),
+        "CHANNELS": ("UNet.__init__", "channels"),
+        "UNET_DIM": ("UNet.__init__", "dim"),
+        "UNET_DIM_MULTS": ("UNet.__init__", "dim_mults"),
+        "DROPOUT": ("UNet.__init__", "dropout"),
+        "ENCODER_ATTENTION": ("UNet.__init__", "encoder_attention"),
+        "TIME_STEPS": ("Diffusion.__init__", "time_steps"),
+        "SCHEDULE_TYPE": ("Diffusion.__init__", "schedule"),
+        "BETA_START": ("Diffusion.__init__", "beta_start"),
+        "BETA_END": ("Diffusion.__init__", "beta_end"),
+        "PREDICTION": ("Diffusion.__init__", "prediction"),
+        "LOSS_WEIGHT": ("Diffusion.__init__", "loss_weight"),
+        "VAL_SIZE": ("dataset.training_count", "val_size"),
+        "BATCH_SIZE": ("dataset.batches", "batch_size"),
+        "SEED": ("dataset.batches", "seed"),
+        "LEARNING_RATE": ("train.learning_rate", "peak"),
+        "LR_WARMUP": ("train.learning_rate", "warmup"),
+        "LR_DECAY": ("train.learning_rate", "decay"),
+        "GRAD_CLIP": ("utils.clip_grad_norm_", "max_norm"),
+        "EMA_DECAY": ("EMA.__init__", "decay"),
+        "TIME_SAMPLING": ("learner.draw_times", "how"),
+        "PRECISION": ("learner.autocast", "precision"),
+        "LOG_EVERY": ("train.Monitor", "log_every"),
+    },
+}
+
+
+class Calls(defaultdict):
+    """function → its calls, each as parameter → value."""
+
+    def __repr__(self) -> str:
+        return f"calls of {len(self)} functions"  # pytest would write out every image
+
+
+# And what shows where no parameter does. Of 39 images, 36 make 6 batches of 6; the validation loss is always 1.
+SHOWN: dict[str, Callable[[Calls], bool]] = {
+    "EPOCHS": lambda calls: {call["epoch"] for call in calls["dataset.batches"]} == {0, 1, 2},
+    "ADAM_BETA2": lambda calls: calls["Adam.__init__"][0]["betas"] == (0.9, 0.97),
+    "ACCUMULATE": lambda calls: [len(call["x0"]) for call in calls["Learner.backward"][:36]] == [3] * 36,
+    "COMPILE": lambda calls: len(calls["UNet.compile"]) == 2,  # in both runs
+    "CLASS_CONDITIONAL": lambda calls: [call["num_classes"] for call in calls["UNet.__init__"]] == [2, 0],
+    "CLASS_DROPOUT": lambda calls: {y for call in calls["UNet.forward"] for y in asked(call)} == {2},  # none is told
+    "SAVE_EVERY": lambda calls: ("latest.pth", 2) in saves(calls),
+    "SAVE_MINUTES": lambda calls: 45 < calls["Trainer.run"][0]["minutes"] <= 50,
+    "SAMPLE_EVERY": lambda calls: "samples_epoch_0002.png" in pictures(calls),
+    "CHECKPOINT_PATH": lambda calls: (
+        {call["path"].parent for call in calls["checkpoint.save"]} >= {other("checkpoints")}
+    ),
+    "OUTPUT_PATH": lambda calls: {call["path"].parent for call in calls["utils.save_png"]} >= {other("outputs")},
+    "LOG_PATH": lambda calls: other("logs/tensorboard") in [call["directory"] for call in calls["train.Monitor"]],
+}
+
+
+def asked(call: dict[str, Any]) -> list[int]:
+    return [] if call["y"] is None else call["y"].tolist()
+
+
+def saves(calls: Calls) -> list[tuple[str, int]]:
+    return [(call["path"].name, call["state"]["epoch"]) for call in calls["checkpoint.save"]]
+
+
+def pictures(calls: Calls) -> list[str]:
+    return [call["path"].name for call in calls["utils.save_png"]]
+
+
+def other(folder: str) -> Path:
+    return Path("other", folder)
+
+
+class Done(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory) -> dict[str, Calls]:
+    """What the functions of PLACES and SHOWN were given, by script, when that ran in this process on black images."""
+    seen: dict[str, Calls] = {}
+    now = Calls(list)
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(owner: Any, name: str, instead: Callable[..., Any] | None = None) -> None:
+            function = getattr(owner, name)
+            signature = inspect.signature(function)
+
+            def spy(*args: Any, **kwargs: Any) -> Any:
+                given = signature.bind(*args, **kwargs)
+                given.apply_defaults()
+                now[f"{owner.__name__.split('.')[-1]}.{name}"].append(dict(given.arguments))
+                return (instead or function)(*args, **kwargs)
+
+            patch.setattr(owner, name, spy)
+
+        def load(
+            name: str, root: str, split: str, image_size: int, channels: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(60, channels, image_size, image_size, dtype=torch.uint8), torch.arange(60) % 2
+
+        def run(self: train.Trainer) -> int:
+            now["Trainer.run"].append({"minutes": (self.save_due - time.monotonic()) / 60})
+            return whole_run(self)
+
+        def stop(*_: Any) -> None:
+            raise Done
+
+        whole_run = train.Trainer.run
+        patch.setattr(train.Trainer, "run", run)
+        patch.setattr(dataset, "classes", lambda *where: ("a", "b"))
+        patch.setattr(utils, "plot_losses", lambda *curves: None)  # slow
+        patch.setattr(evaluate, "scorers", lambda *_: [])
+        patch.setattr(evaluate, "collect", stop)
+        watch(dataset, "load", load)
+        watch(utils, "pick_device", lambda name: torch.device("cpu"))
+        watch(pipeline, "validation_loss", lambda *_: 1.0)
+        watch(UNet, "compile", lambda self: None)
+        for owner, names in {
+            UNet: "__init__ forward",
+            Diffusion: "__init__",
+            EMA: "__init__",
+            torch.optim.Adam: "__init__",
+            torch.nn.utils: "clip_grad_norm_",
+            learner: "draw_times autocast",
+            learner.Learner: "backward",
+            pipeline.Generator: "__init__ generate interpolate",
+            dataset: "training_count batches",
+            train: "learning_rate Monitor",
+            checkpoint: "save",
+            utils: "save_png",
+        }.items():
+            for name in names.split():
+                watch(owner, name)
+
+        small = ["--image_size", 8, "--unet_dim", 8, "--unet_dim_mults", 1, "--time_steps", 20]
+        settings = {**vars(arguments(train, *small)), "classes": ["a", "b"]}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for script, commands in RUNS.items():
+            now = seen[script] = Calls(list)
+            for command in commands:
+                patch.chdir(folder := tmp_path_factory.mktemp(script))
+                if script != "train":
+                    unet, _ = pipeline.build(settings, torch.device("cpu"))
+                    checkpoint.save(folder / "model.pth", {"settings": settings, "ema": unet.state_dict()})
+                    command += f" --checkpoint {folder}/model.pth --output_dir {folder}"
+                try:
+                    assert SCRIPTS[script].main(arguments(SCRIPTS[script], *command.split())) == 0
+                except Done:
+                    assert script == "eval"
+        torch.set_num_threads(threads)
+    return seen
+
+
+@pytest.mark.parametrize(("script", "setting"), [(name, s) for name in RUNS for s in SCRIPTS[name].SETTINGS])
+def test_every_flag_of_a_script_reaches_its_work(script, setting, calls):
+    """Not only that of another script: eval.py, too, takes as many steps as it is told."""
+    if setting in SHOWN and script == "train":
+        assert SHOWN[setting](calls[script])
+        return
+    function, parameter = PLACES[script][setting]
+    run = next(run for run in RUNS[script] if setting.lower() in re.findall(r"--(?:no-)?(\w+)", run))
+    value, default = (getattr(arguments(SCRIPTS[script], *flags), setting.lower()) for flags in (run.split(), []))
+    assert value != default, "with its default, the flag could be ignored unseen"
+    assert str(value) in [str(call[parameter]).removeprefix("torch.") for call in calls[script][function]]
