@@ -290,7 +290,7 @@ def show_evaluation(plan: Plan) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(root / "eval.py"), "--checkpoint", str(root / "weights/fashion-mnist.pth")]
             command += ["--num_samples", str(images), "--steps", "2", "--device", "cpu", "--output_dir", folder]
-            child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=sys.stderr)
+            child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=2)
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise errors.UserError(f"eval.py failed with status {os.waitstatus_to_exitcode(status)}")

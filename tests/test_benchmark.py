@@ -31,13 +31,6 @@ def test_a_training_beside_busy_processes_is_measured_in_processes_of_its_own(mo
     assert float(speed.replace(",", "")) > 0
 
 
-@pytest.mark.slow
-def test_an_evaluation_s_peak_memory_is_that_of_a_process_of_its_own(capsys):
-    assert benchmark.main(benchmark.QUICK, ["evaluation"]) == 0
-    peaks = [float(row.split("|")[3].replace(",", "")) for row in capsys.readouterr().out.splitlines()[-2:]]
-    assert all(300 < peak < 10_000 for peak in peaks)
-
-
 def test_tasks_take_turns_and_one_without_memory_is_left_out():
     calls = []
 

@@ -20,7 +20,7 @@ import config
 import eval as evaluate
 import sample
 import train
-from src import checkpoint, dataset, flags, learner, pipeline, utils
+from src import checkpoint, dataset, devices, flags, learner, pipeline, utils
 from src.diffusion import Diffusion
 from src.ema import EMA
 from src.model import UNet
@@ -179,7 +179,7 @@ GENERATOR = {
     "SEED": ("Generator.generate", "seed"),
     "PRECISION": ("Generator.__init__", "precision"),
     "BATCH_SIZE": ("Generator.generate", "batch_size"),
-    "DEVICE": ("utils.pick_device", "name"),
+    "DEVICE": ("devices.pick_device", "name"),
 }
 PLACES = {
     "sample": {
@@ -308,7 +308,7 @@ def calls(tmp_path_factory) -> dict[str, Calls]:
         patch.setattr(evaluate, "scorers", lambda *_: [])
         patch.setattr(evaluate, "collect", stop)
         watch(dataset, "load", load)
-        watch(utils, "pick_device", lambda name: torch.device("cpu"))
+        watch(devices, "pick_device", lambda name: torch.device("cpu"))
         watch(pipeline, "validation_loss", lambda *_: 1.0)
         watch(UNet, "compile", lambda self: None)
         for owner, names in {
