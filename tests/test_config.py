@@ -217,7 +217,7 @@ PLACES = {
         "GRAD_CLIP": ("utils.clip_grad_norm_", "max_norm"),
         "EMA_DECAY": ("EMA.__init__", "decay"),
         "TIME_SAMPLING": ("learner.draw_times", "how"),
-        "PRECISION": ("learner.autocast", "precision"),
+        "PRECISION": ("devices.autocast", "precision"),
         "LOG_EVERY": ("train.Monitor", "log_every"),
     },
 }
@@ -317,7 +317,8 @@ def calls(tmp_path_factory) -> dict[str, Calls]:
             EMA: "__init__",
             torch.optim.Adam: "__init__",
             torch.nn.utils: "clip_grad_norm_",
-            learner: "draw_times autocast",
+            learner: "draw_times",
+            devices: "autocast",
             learner.Learner: "backward",
             pipeline.Generator: "__init__ generate interpolate",
             dataset: "training_count batches",
