@@ -169,9 +169,9 @@ class ClassifierScores:
             images are classified as each class, by its name; `class_accuracy`, the share of images that are
             classified as asked, None where nothing was asked; `notes`.
 
-        `classifier_precision` compares images that resemble the data. Far from the data it is unreliable: noise has
-        scored between 0.24 and 0.97, depending on how the processor rounded the classifier's training. Believe it
-        only beside a low `classifier_fd`.
+        `classifier_precision` compares images that resemble the data. Far from the data it is unreliable: noise may
+        score as high as real images, depending on how the processor rounded the classifier's training. Believe it only
+        beside a low `classifier_fd`.
         """
         scores = self.scores.compute()
         found = torch.cat(self.scores.logits).argmax(1) if self.scores.logits else torch.empty(0, dtype=torch.long)
