@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -94,8 +96,22 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         else:
             raise
     else:
-        sys.exit(status)
+        _leave(status)
     print(f"{script}: error: {message}", file=sys.stderr)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process; one of several ends at once, without taking down the interpreter.
+
+    The threads that connect the processes outlive the group. One that lets go of its last tensor while the interpreter
+    is being taken down aborts the process (pytorch/pytorch pull request 179291), and with it a run that was complete.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads on
+                stream.flush()
+        os._exit(status)
     sys.exit(status)
 
 

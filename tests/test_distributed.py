@@ -63,6 +63,16 @@ def test_two_processes_train_as_one(run):
     assert differences(one["model"], two["model"])  # else they would not have been two
 
 
+@pytest.mark.parametrize(("size", "taken_down"), [("1", True), ("2", False)])
+def test_one_of_several_processes_ends_without_taking_down_the_interpreter(size, taken_down, tmp_path):
+    """With the interpreter gone, a thread of gloo's that lets go of a tensor would abort a run that was complete."""
+    code = "import atexit; from src import errors; atexit.register(print, 'taken down')\n"
+    code += "def main(): print('result'); return 3\nerrors.run(main, 'train.py', True)"
+    environment = {**ENVIRONMENT, "WORLD_SIZE": size}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "result\n" + "taken down\n" * taken_down, "")
+
+
 @pytest.mark.slow
 def test_two_processes_resume_to_the_bit_and_as_one_and_as_two_again(run):
     run("resumed", 2, "--epochs", 1)
