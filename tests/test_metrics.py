@@ -16,7 +16,10 @@ FEATURES = 16  # torchmetrics takes eigenvalues of (D, D) matrices: 2048 would n
 
 @dataclasses.dataclass
 class LinearExtractor:
-    """Features and logits are fixed random projections of the pixels; `calls` counts the images it has seen."""
+    """Features and logits are fixed random projections of the pixels; `calls` counts the images it has seen.
+
+    They are computed in float64 and then rounded to float32, so that they do not depend on an image's batch.
+    """
 
     num_features: int = FEATURES
     has_logits: bool = True
@@ -26,9 +29,9 @@ class LinearExtractor:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += len(images)
-        pixels = images.flatten(1).float() / 255
+        pixels = images.flatten(1).double() / 255
         maps = torch.randn(pixels.shape[1], self.num_features + 10, generator=torch.Generator().manual_seed(5))
-        features, logits = (pixels @ maps).split([self.num_features, 10], dim=1)
+        features, logits = (pixels @ maps.double()).float().split([self.num_features, 10], dim=1)
         return features, logits if self.has_logits else torch.full_like(logits, torch.nan)
 
 

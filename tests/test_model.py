@@ -357,8 +357,9 @@ def test_an_images_output_does_not_depend_on_its_neighbours(unet):
 
 def test_one_timestep_serves_the_whole_batch(unet):
     x_t = noise(3, 1, 32, 32)
-    torch.testing.assert_close(unet(x_t, torch.tensor([7])), unet(x_t, torch.full((3,), 7)))
-    assert not torch.allclose(unet(x_t, torch.tensor([7])), unet(x_t, torch.tensor([7, 7, 8])))
+    one = unet(x_t, torch.tensor([7]))
+    torch.testing.assert_close(one, unet(x_t, torch.full((3,), 7)), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(one, unet(x_t, torch.tensor([7, 7, 8])), rtol=1e-3, atol=1e-4)
 
 
 def test_every_pixel_sees_every_other(unet):
