@@ -67,6 +67,16 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
     return [] if type(a) is type(b) and a == b else [name]
 
 
+def share_apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> float:
+    """The share of all weights that differ by more than `tolerance`.
+
+    The weights after a few steps of Adam are to be compared so: it divides a gradient by its size, and where that is
+    of the size of its rounding, which a few always are, it makes a whole step of the rounding.
+    """
+    assert a.keys() == b.keys()
+    return torch.cat([(a[name] - b[name]).abs().flatten() > tolerance for name in a]).double().mean().item()
+
+
 def read_png(path: Path) -> np.ndarray:
     """An 8-bit grayscale PNG as (H, W) int, so that differences do not wrap around."""
     with Image.open(path) as image:

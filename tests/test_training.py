@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars
+from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars, share_apart
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -280,14 +280,15 @@ def test_bfloat16_learns_as_float32_does(quick, saved):
 
 @pytest.mark.slow
 def test_a_compiled_run_leaves_the_checkpoint_of_a_plain_one(quick, saved):
-    quick("plain", "--epochs", 1, "--precision", "float32")
-    quick("compiled", "--epochs", 1, "--precision", "float32", "--compile")
+    # With 8 channels, each group of a GroupNorm has one, and the gradient of a bias before it is only rounding.
+    flags = ["--precision", "float32", "--unet_dim", 16]
+    quick("plain", "--epochs", 1, *flags)
+    quick("compiled", "--epochs", 1, *flags, "--compile")
     plain, compiled = saved("plain"), saved("compiled")
     for part in ("model", "ema"):
         assert list(compiled[part]) == list(plain[part])
-        for name, weights in plain[part].items():
-            torch.testing.assert_close(compiled[part][name], weights, rtol=0.01, atol=5e-4, msg=name)
-    assert quick("compiled", "--epochs", 2, "--precision", "float32") == 0  # and a plain run goes on from it
+        assert share_apart(compiled[part], plain[part], 1e-4) < 0.01  # after four steps of 1e-3
+    assert quick("compiled", "--epochs", 2, *flags) == 0  # and a plain run goes on from it
 
 
 # ---- stopping and resuming ---------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_signals_act_as_before_once_training_is_over(quick):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_real_process_is_answered_in_one_line_with_what_to_do(number, data, tmp_path):
     """Sent in the midst of a long run; the output is all that the user sees."""
-    short_epochs = ["--image_size", 28, "--val_size", 900, "--epochs", 50]
+    short_epochs = ["--image_size", 28, "--val_size", 900, "--epochs", 10_000]
     command = [sys.executable, ROOT / "train.py", "--data_path", data, *SMALL, *NETWORK, *short_epochs]
     process = subprocess.Popen(
         list(map(str, command)),
@@ -438,7 +439,7 @@ def test_a_signal_to_the_real_process_is_answered_in_one_line_with_what_to_do(nu
                 process.send_signal(number)
                 break
         output = process.stdout.read()
-        assert process.wait(timeout=60) == 128 + number
+        assert process.wait(timeout=600) == 128 + number
     finally:
         process.kill()
     state = checkpoint.load(tmp_path / "checkpoints/latest.pth")
