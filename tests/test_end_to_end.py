@@ -38,6 +38,12 @@ def sampled(trained) -> SimpleNamespace:
     return SimpleNamespace(done=done, folder=trained.folder / "outputs/samples")
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """No trace in the user's cache, but one cache for all tests here, so that the classifier is trained once."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path_factory.getbasetemp() / "hub"))
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 
@@ -209,12 +215,12 @@ class FakeExtractor:
         return quarters, quarters * 9
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("has_logits", [True, False], ids=["with logits", "without logits"])
 def test_scores_are_written_with_all_that_is_needed_to_get_them_again(
     has_logits, trained, one_thread, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(trained.folder)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))  # no trace in the user's cache
     monkeypatch.setattr(inception, "weights", lambda path: path)
     monkeypatch.setattr(inception, "Extractor", lambda path: FakeExtractor(has_logits))
     args = arguments(evaluate, *EVALUATION, "--output_dir", tmp_path / "eval")
@@ -229,9 +235,9 @@ def test_scores_are_written_with_all_that_is_needed_to_get_them_again(
         assert any("last layer" in note for note in scores["notes"])
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_without_inception_the_classifier_scores_alone(trained, one_thread, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(trained.folder)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.setattr(inception, "weights", None)  # a call would fail
     args = arguments(evaluate, *EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval")
     assert evaluate.main(args) == 0
@@ -243,6 +249,7 @@ def test_without_inception_the_classifier_scores_alone(trained, one_thread, monk
     assert printed.split()[:1] == ["classifier"]  # the one column
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_images_asked_to_be_of_a_class_are_scored_by_it(trained, one_thread, monkeypatch, capsys, tmp_path):
     """The network draws nothing yet that a classifier would know, so the classifier is made to: all bags (8)."""
     monkeypatch.chdir(trained.folder)
@@ -260,9 +267,9 @@ def test_images_asked_to_be_of_a_class_are_scored_by_it(trained, one_thread, mon
     assert "16 images of bag, coat, bag (guidance 2)" in printed and "68.8%" in printed
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_data_set_without_classes_has_no_classifier(trained, one_thread, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(trained.folder)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     name = "fashion-mnist-tiny"
     monkeypatch.setitem(dataset.DATASETS, name, dataclasses.replace(dataset.DATASETS[name], classes=()))
     args = arguments(evaluate, *EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval")
