@@ -160,7 +160,7 @@ SHORT_EPOCHS = [*SMALL, *NETWORK, "--image_size", 28, "--val_size", 900, "--save
 
 
 def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
-    epochs = 20  # so many that the kill comes before the last one, also where this process has to wait its turn
+    epochs = 8  # so many that the kill comes before the last one, also where this process has to wait its turn
     flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", epochs]
     with training(tmp_path, ROOT / "train.py", *flags) as first:
         wait_for(f"epoch 1/{epochs}", first)
