@@ -413,6 +413,16 @@ def test_time_grid_of_all_steps_is_every_timestep(time_steps):
     assert time_grid(Diffusion(time_steps, "cosine"), time_steps) == [(t, t - 1) for t in reversed(range(time_steps))]
 
 
+@pytest.mark.parametrize("time_steps", [10, 100, 1000])
+def test_time_grid_is_of_the_whole_numbers_nearest_to_even_spacing(time_steps):
+    """The k-th time is within 1/2 of T - 1 - k T / steps; multiplied by 2 · steps, that is in whole numbers."""
+    for steps in {1, 2, 3, 7, time_steps // 3, time_steps - 1, time_steps}:
+        grid = time_grid(Diffusion(time_steps, "cosine"), steps)
+        assert {type(time) for pair in grid for time in pair} == {int}
+        for k, (t, _) in enumerate(grid):
+            assert abs(2 * steps * (t - time_steps + 1) + 2 * k * time_steps) <= steps
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_time_grid_starts_where_noise_alone_is_a_fair_start(schedule):
     diffusion = Diffusion(1000, schedule)
@@ -522,3 +532,12 @@ def test_slerp_stays_in_the_plane_of_its_ends(ends):
     path = slerp(*ends, torch.linspace(0, 1, 5)).flatten(1).double()
     basis, _ = torch.linalg.qr(ends.flatten(1).double().T)  # (pixels, 2), orthonormal
     torch.testing.assert_close(path @ basis @ basis.T, path, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("degrees", [30, 60, 90, 120, 150])
+def test_slerp_turns_by_that_share_of_the_angle_which_the_weight_says(degrees):
+    """In a plane, from (1, 0) to (cos θ, sin θ), weight w leads to (cos wθ, sin wθ), be θ acute or obtuse."""
+    theta, weights = math.radians(degrees), torch.linspace(0, 1, 5)
+    a, b = (torch.tensor([math.cos(phi), math.sin(phi)]).view(1, 1, 2) for phi in (0.0, theta))
+    expected = torch.stack([(weights * theta).cos(), (weights * theta).sin()], dim=1).view(5, 1, 1, 2)
+    torch.testing.assert_close(slerp(a, b, weights), expected, rtol=0, atol=1e-5)
