@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, differences
+from conftest import ENVIRONMENT, ROOT, differences
 
 from src import checkpoint
 from src.errors import UserError
@@ -63,6 +64,15 @@ def test_weights_that_are_not_finite_are_neither_read_nor_written(number, path):
     assert "not numbers" in refusal(path)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (1.0, x), lambda x: {"a": [{"b": (0, x)}]}])
+def test_a_number_that_is_not_finite_is_found_however_deep_it_lies(wrap, path):
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="not written"):
+        checkpoint.save(path, {"parts": wrap(torch.tensor([float("nan")]))})
+    assert path.read_bytes() == before
+    checkpoint.save(path, {"parts": wrap(torch.tensor([1.0]))})  # negative control
+
+
 def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
     leftover = path.with_name("latest.pth.tmp")
     leftover.write_bytes(b"half a file")
@@ -74,6 +84,13 @@ def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
 
 def test_a_missing_file_is_named_and_so_is_the_remedy(tmp_path):
     assert "train.py" in refusal(tmp_path / "absent.pth")
+
+
+def test_the_file_that_is_proposed_instead_is_there(tmp_path):
+    proposed = re.search(r"such as (\S+)$", refusal(tmp_path / "absent.pth"))[1]
+    assert (ROOT / proposed).is_file()
+    checkpoint.save(tmp_path / "final.pth", STATE)
+    assert refusal(tmp_path / "absent.pth").endswith(f"such as {tmp_path / 'final.pth'}")  # one of the same run first
 
 
 def test_a_directory_is_no_checkpoint(tmp_path):
@@ -102,6 +119,18 @@ def test_code_in_a_file_is_never_run(how, tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload was harmless, so the test proved nothing"
+
+
+@pytest.mark.parametrize("text", ["", "\nthe reason\nand what PyTorch thinks of it"], ids=["silent", "wordy"])
+@pytest.mark.parametrize("kind", [EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError])
+def test_whatever_torch_load_raises_becomes_one_line(kind, text, path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise kind(text) if text else kind
+
+    monkeypatch.setattr(torch, "load", fail)
+    message = refusal(path)
+    if kind is not KeyError:  # whose text is its key in quotation marks
+        assert ("(the reason)" if text else f"({kind.__name__})") in message
 
 
 @pytest.mark.parametrize(
@@ -255,6 +284,32 @@ def test_a_directory_that_cannot_be_forced_to_disk_leaves_the_new_file_whole(num
         checkpoint.save(path, {"step": 8})
     assert checkpoint.load(path)["step"] == 8
     assert os.listdir(path.parent) == ["latest.pth"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_closes_the_directory_that_it_opened(fails, path, monkeypatch):
+    opened, closed = [], []
+    open_file, close, fsync = os.open, os.close, os.fsync
+
+    def spy_open(*arguments: Any) -> int:
+        opened.append(open_file(*arguments))
+        return opened[-1]
+
+    def spy_close(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    def spy_fsync(descriptor: int) -> None:
+        if fails and descriptor in opened:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "close", spy_close)
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        checkpoint.save(path, {"step": 8})
+    assert len(opened) == 1 and closed == opened
 
 
 def test_a_save_that_the_user_interrupts_leaves_the_old_file_whole_and_nothing_else(path, monkeypatch):
