@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from src.diffusion import Diffusion
-from src.pipeline import slerp
+from src.pipeline import DEFAULT_STEPS, slerp
 from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
 from src.utils import ImageNoise
 
@@ -321,6 +321,11 @@ def test_the_second_order_begins_and_ends_as_the_first_and_differs_in_between(sc
 
 
 # ---- what every sampler promises -------------------------------------------------------------------------
+
+
+def test_samplers_go_by_the_names_that_the_readme_gives_and_each_has_a_default_number_of_steps():
+    assert {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde} == SAMPLERS
+    assert DEFAULT_STEPS.keys() == SAMPLERS.keys()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
