@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, differences
 
 from src import checkpoint
-from src.errors import UserError
+from src.errors import SettingError, UserError
 
 STATE = {
     "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0},
@@ -256,6 +257,21 @@ def test_a_save_reaches_the_disk_before_the_old_file_is_replaced(tmp_path, monke
     assert calls == ["fsync file", "rename", "fsync directory"]
 
 
+def test_a_small_file_reaches_the_disk_whole_too(path, monkeypatch):
+    """It fits into Python's buffer, which os.fsync does not see."""
+    sizes, fsync = [], os.fsync
+
+    def spy(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    checkpoint.save(path, {"step": 8})
+    assert sizes == [path.stat().st_size]
+    assert sizes[0] < io.DEFAULT_BUFFER_SIZE  # else Python would have written it at once
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_save_that_fails_leaves_the_old_file_whole_and_nothing_else(call, path, monkeypatch):
     def fail(*_: Any) -> None:
@@ -345,3 +361,35 @@ def test_a_place_that_is_no_directory_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         checkpoint.save(tmp_path / "file" / "latest.pth", STATE)
+
+
+# ---- the files of a run ------------------------------------------------------------------------------------
+
+
+def test_the_latest_checkpoint_of_a_run_comes_first_and_a_link_to_a_lost_one_counts(tmp_path):
+    assert checkpoint.of_run(tmp_path) == []
+    for name in ("best.pth", "weights.pth", "other.pth", "final.pth"):
+        (tmp_path / name).write_text("")
+    assert checkpoint.of_run(tmp_path) == [tmp_path / "final.pth", tmp_path / "best.pth"]
+    (tmp_path / "latest.pth").symlink_to(tmp_path / "unplugged.pth")
+    assert checkpoint.of_run(tmp_path) == [tmp_path / f"{name}.pth" for name in ("latest", "final", "best")]
+
+
+@pytest.mark.parametrize("names", [["weights"], ["best"], ["latest", "final", "best", "weights"]])
+def test_a_new_run_deletes_the_old_one_s_files_only_when_told(names, tmp_path):
+    files, other = [tmp_path / f"{name}.pth" for name in names], tmp_path / "other.pth"
+    for path in (*files, other):
+        path.write_text("")
+    with pytest.raises(SettingError, match=re.escape(f"would lose {', '.join(map(str, files))}: add")):
+        checkpoint.clear(tmp_path, overwrite=False)
+    assert all(path.exists() for path in files)
+    checkpoint.clear(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [other]
+    for overwrite in (False, True):
+        checkpoint.clear(tmp_path, overwrite)  # there is nothing left to lose
+    assert other.exists()
+
+
+def test_a_file_of_another_version_is_named_in_an_error_that_the_user_sees(path):
+    error = checkpoint.other_version(path)
+    assert isinstance(error, UserError) and str(error).startswith(f"{path} was written by another version")
