@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import io
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -13,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, differences
+from conftest import ENVIRONMENT, ROOT, differences
 
 from src import checkpoint
-from src.errors import UserError
+from src.errors import SettingError, UserError
 
 STATE = {
     "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0},
@@ -63,6 +65,15 @@ def test_weights_that_are_not_finite_are_neither_read_nor_written(number, path):
     assert "not numbers" in refusal(path)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (1.0, x), lambda x: {"a": [{"b": (0, x)}]}])
+def test_a_number_that_is_not_finite_is_found_however_deep_it_lies(wrap, path):
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="not written"):
+        checkpoint.save(path, {"parts": wrap(torch.tensor([float("nan")]))})
+    assert path.read_bytes() == before
+    checkpoint.save(path, {"parts": wrap(torch.tensor([1.0]))})  # negative control
+
+
 def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
     leftover = path.with_name("latest.pth.tmp")
     leftover.write_bytes(b"half a file")
@@ -74,6 +85,13 @@ def test_a_leftover_of_a_killed_save_is_ignored_and_overwritten(path):
 
 def test_a_missing_file_is_named_and_so_is_the_remedy(tmp_path):
     assert "train.py" in refusal(tmp_path / "absent.pth")
+
+
+def test_the_file_that_is_proposed_instead_is_there(tmp_path):
+    proposed = re.search(r"such as (\S+)$", refusal(tmp_path / "absent.pth"))[1]
+    assert (ROOT / proposed).is_file()
+    checkpoint.save(tmp_path / "final.pth", STATE)
+    assert refusal(tmp_path / "absent.pth").endswith(f"such as {tmp_path / 'final.pth'}")  # one of the same run first
 
 
 def test_a_directory_is_no_checkpoint(tmp_path):
@@ -102,6 +120,18 @@ def test_code_in_a_file_is_never_run(how, tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload was harmless, so the test proved nothing"
+
+
+@pytest.mark.parametrize("text", ["", "\nthe reason\nand what PyTorch thinks of it"], ids=["silent", "wordy"])
+@pytest.mark.parametrize("kind", [EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError])
+def test_whatever_torch_load_raises_becomes_one_line(kind, text, path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise kind(text) if text else kind
+
+    monkeypatch.setattr(torch, "load", fail)
+    message = refusal(path)
+    if kind is not KeyError:  # whose text is its key in quotation marks
+        assert ("(the reason)" if text else f"({kind.__name__})") in message
 
 
 @pytest.mark.parametrize(
@@ -227,6 +257,21 @@ def test_a_save_reaches_the_disk_before_the_old_file_is_replaced(tmp_path, monke
     assert calls == ["fsync file", "rename", "fsync directory"]
 
 
+def test_a_small_file_reaches_the_disk_whole_too(path, monkeypatch):
+    """It fits into Python's buffer, which os.fsync does not see."""
+    sizes, fsync = [], os.fsync
+
+    def spy(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    checkpoint.save(path, {"step": 8})
+    assert sizes == [path.stat().st_size]
+    assert sizes[0] < io.DEFAULT_BUFFER_SIZE  # else Python would have written it at once
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_save_that_fails_leaves_the_old_file_whole_and_nothing_else(call, path, monkeypatch):
     def fail(*_: Any) -> None:
@@ -255,6 +300,32 @@ def test_a_directory_that_cannot_be_forced_to_disk_leaves_the_new_file_whole(num
         checkpoint.save(path, {"step": 8})
     assert checkpoint.load(path)["step"] == 8
     assert os.listdir(path.parent) == ["latest.pth"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_closes_the_directory_that_it_opened(fails, path, monkeypatch):
+    opened, closed = [], []
+    open_file, close, fsync = os.open, os.close, os.fsync
+
+    def spy_open(*arguments: Any) -> int:
+        opened.append(open_file(*arguments))
+        return opened[-1]
+
+    def spy_close(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    def spy_fsync(descriptor: int) -> None:
+        if fails and descriptor in opened:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "close", spy_close)
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        checkpoint.save(path, {"step": 8})
+    assert len(opened) == 1 and closed == opened
 
 
 def test_a_save_that_the_user_interrupts_leaves_the_old_file_whole_and_nothing_else(path, monkeypatch):
@@ -290,3 +361,35 @@ def test_a_place_that_is_no_directory_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         checkpoint.save(tmp_path / "file" / "latest.pth", STATE)
+
+
+# ---- the files of a run ------------------------------------------------------------------------------------
+
+
+def test_the_latest_checkpoint_of_a_run_comes_first_and_a_link_to_a_lost_one_counts(tmp_path):
+    assert checkpoint.of_run(tmp_path) == []
+    for name in ("best.pth", "weights.pth", "other.pth", "final.pth"):
+        (tmp_path / name).write_text("")
+    assert checkpoint.of_run(tmp_path) == [tmp_path / "final.pth", tmp_path / "best.pth"]
+    (tmp_path / "latest.pth").symlink_to(tmp_path / "unplugged.pth")
+    assert checkpoint.of_run(tmp_path) == [tmp_path / f"{name}.pth" for name in ("latest", "final", "best")]
+
+
+@pytest.mark.parametrize("names", [["weights"], ["best"], ["latest", "final", "best", "weights"]])
+def test_a_new_run_deletes_the_old_one_s_files_only_when_told(names, tmp_path):
+    files, other = [tmp_path / f"{name}.pth" for name in names], tmp_path / "other.pth"
+    for path in (*files, other):
+        path.write_text("")
+    with pytest.raises(SettingError, match=re.escape(f"would lose {', '.join(map(str, files))}: add")):
+        checkpoint.clear(tmp_path, overwrite=False)
+    assert all(path.exists() for path in files)
+    checkpoint.clear(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [other]
+    for overwrite in (False, True):
+        checkpoint.clear(tmp_path, overwrite)  # there is nothing left to lose
+    assert other.exists()
+
+
+def test_a_file_of_another_version_is_named_in_an_error_that_the_user_sees(path):
+    error = checkpoint.other_version(path)
+    assert isinstance(error, UserError) and str(error).startswith(f"{path} was written by another version")

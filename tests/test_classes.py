@@ -127,6 +127,45 @@ def test_guidance_is_a_step_from_the_prediction_without_past_that_with_the_class
     torch.testing.assert_close(ours, (1 - scale) * without + scale * with_class, rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_2_goes_as_far_past_the_prediction_with_the_class_as_that_is_from_the_one_without(unet):
+    x, t, y = x_t(3), torch.tensor([20]), torch.tensor([2, 0, 1])
+    expected = 2 * unet(x, t, y) - unet(x, t)
+    torch.testing.assert_close(generator(unet, "v", 2.0).network(y)(x, t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_guidance_evaluates_the_network_twice(unet):
+    """Scale 1 is the prediction with the class alone; where no class is asked for, no scale has one to guide to."""
+    x, t, y, sizes = x_t(3), torch.tensor([20]), torch.tensor([2, 0, 1]), []
+    unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    generator(unet, "v", 1.0).network(y)(x, t)
+    generator(unet, "v", 2.5).network(y)(x, t)
+    without = generator(unet, "v", 2.5).network(None)(x, t)
+    assert sizes == [3, 6, 3]
+    assert torch.equal(without, unet(x, t))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_predictions_are_float32_whatever_the_network_computes_in(unet, scale):
+    diffusion = Diffusion(50, "cosine", prediction="v")
+    coarse = pipeline.Generator(unet, diffusion, "ddim", 5, precision=torch.bfloat16, guidance_scale=scale)
+    x, t, y = x_t(2), torch.tensor([20]), torch.tensor([2, 0])
+    found, exact = coarse.network(y)(x, t), generator(unet, "v", scale).network(y)(x, t)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)  # negative control: the network did compute in bfloat16
+
+
+def test_a_generator_adds_no_noise_and_no_guidance_unless_told(unet):
+    diffusion = Diffusion(50, "cosine", prediction="v")
+
+    def images(**options: float) -> Tensor:
+        ours = pipeline.Generator(unet, diffusion, "ddim", 5, classes=[2, 0], **options)
+        return torch.cat(list(ours.generate(0, 4, 4)))
+
+    assert torch.equal(images(), images(eta=0.0, guidance_scale=1.0))
+    for other in ({"eta": 1.0}, {"guidance_scale": 2.0}):
+        assert not torch.equal(images(), images(**other))
+
+
 def test_guiding_v_is_guiding_the_noise(unet):
     """Ho & Salimans 2022 guide eps (eq. 6). v is linear in it, so both lead to the same x_0 (if none is clipped)."""
     nn.init.normal_(unet.conv_out.weight, std=0.02)
@@ -168,6 +207,12 @@ def test_an_interpolation_is_of_one_class(unet):
     strip = generator(unet, "v", 1.0, 2).interpolate(0, 4, 2)
     ends = torch.cat(list(generator(unet, "v", 1.0, 2).generate(0, 2, 2)))
     assert (strip[[0, -1]].int() - ends.int()).abs().max() <= 1
+
+
+def test_an_interpolation_among_several_classes_is_of_the_first(unet):
+    several, first, second = (generator(unet, "v", 1.0, *y).interpolate(0, 4, 4) for y in ((2, 0), (2,), (0,)))
+    assert torch.equal(several, first)
+    assert not torch.equal(several, second)
 
 
 # ---- the command line --------------------------------------------------------------------------------------

@@ -105,6 +105,11 @@ def test_linear_schedule_ends_at_noise_whatever_its_length(time_steps):
     assert math.sqrt(unscaled) > 0.07  # negative control: 60% of it at T = 100, 28% at 250, 8% at 500
 
 
+def test_the_linear_schedule_has_the_paper_s_ends_unless_told_otherwise():
+    assert torch.equal(Diffusion(1000, "linear").betas, linear_betas(1000, *HO))
+    assert not torch.equal(Diffusion(1000, "linear", 2e-4, 0.02).betas, linear_betas(1000, *HO))
+
+
 def test_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'sigmoid'.*linear.*cosine"):
         Diffusion(1000, "sigmoid")

@@ -1,6 +1,8 @@
 """The learning rate's corners and slopes; one step of training, whole, in parts, resumed, and gone wrong."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -140,3 +142,42 @@ def test_the_sum_of_losses_does_not_depend_on_when_the_device_was_asked():
                 ours.settle()
     assert torch.equal(often.state()["loss_sum"], seldom.state()["loss_sum"])
     assert often.loss_sum.dtype == torch.float64 and often.loss_sum.item() == pytest.approx(sum(losses[:5]), rel=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_in_the_very_first_step_changes_nothing_either():
+    ours = learner()
+    before = copy.deepcopy([ours.model.state_dict(), ours.ema.model.state_dict()])
+    for x0 in (IMAGES * float("nan"), IMAGES):
+        ours.step(x0, LABELS, 1e-3)
+    assert not differences(before, [ours.model.state_dict(), ours.ema.model.state_dict()])
+    with pytest.raises(UserError, match="gradient of step 1 is nan"):
+        ours.settle()
+
+
+def test_learners_that_start_from_one_state_add_up_their_losses_apart():
+    ours, other = learner(), learner()
+    ours.step(IMAGES, LABELS, 1e-3)
+    state = ours.state()
+    other.load(state)
+    before = ours.loss_sum.clone()
+    loss, _ = other.step(IMAGES, LABELS, 1e-3)
+    other.settle()
+    assert torch.equal(ours.loss_sum, before) and torch.equal(state["loss_sum"], before)
+    assert other.loss_sum.item() == pytest.approx(before.item() + loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_gradients_travel_between_processes_once_a_step_with_its_last_part(parts, monkeypatch):
+    ours, alone, seen = learner(accumulate=parts), [], []
+    backward = ours.backward
+
+    @contextmanager
+    def silence(network: torch.nn.Module) -> Iterator[None]:
+        alone.append(network)
+        yield
+        alone.pop()
+
+    monkeypatch.setattr(ours.world, "alone", silence)
+    monkeypatch.setattr(ours, "backward", lambda *part: seen.append(alone == [ours.network]) or backward(*part))
+    ours.step(IMAGES, LABELS, 1e-3)
+    assert seen == [True] * (parts - 1) + [False]

@@ -260,6 +260,25 @@ def test_every_time_once_has_no_factors():
     assert (factors == 1).all()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_point_that_is_rounded_up_to_the_interval_s_end_is_of_the_last_time(schedule, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, dtype, **__: torch.full((1,), 1 - 2**-53, dtype=dtype))
+    for time_steps in (6, 10, 50, 100, 1000):
+        times, factors = choose_times(Diffusion(time_steps, schedule), 1, 5, torch.Generator())
+        assert times[0, -1] == time_steps - 1 and factors.isfinite().all()
+
+
+def test_the_network_is_evaluated_without_gradients():
+    weight, enabled = torch.ones(1, requires_grad=True), []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        enabled.append(torch.is_grad_enabled())
+        return weight * x_t
+
+    bits_per_dim(network, Diffusion(10, "cosine"), contrasty(2, 0), 0, 2, 2)
+    assert enabled == [False, False]
+
+
 def contrasty(n: int, seed: int) -> Tensor:
     """Images that differ in how hard they are: each Gaussian with a contrast of its own."""
     generator = torch.Generator().manual_seed(seed)

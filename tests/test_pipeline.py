@@ -1,6 +1,7 @@
 """`src/pipeline.py`: the validation loss, which chooses best.pth, against its closed form."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,3 +127,12 @@ def test_validation_tells_after_every_batch_that_it_is_alive():
     on_batch = lambda: told.append(len(network.calls))  # noqa: E731
     pipeline.validation_loss(network, diffusion, images, 0, 4, on_batch, World(CPU))
     assert told == [1, 2, 3]
+
+
+def test_the_sum_over_the_batches_loses_no_small_loss_beside_a_large_one():
+    """In float32, 2²⁴ + 1 is 2²⁴ again; in float64, the mean of 2²⁴ and fifteen ones is exact."""
+    losses = iter([2.0**24] + [1.0] * 15)
+    diffusion = SimpleNamespace(time_steps=10, loss=lambda *_: torch.tensor(next(losses)))
+    images = torch.zeros(16, 1, 4, 4, dtype=torch.uint8)
+    found = pipeline.validation_loss(nn.Linear(1, 1), diffusion, images, 0, 1, lambda: None, World(CPU))
+    assert type(found) is float and found == (2**24 + 15) / 16

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from src.diffusion import Diffusion
-from src.pipeline import slerp
+from src.pipeline import DEFAULT_STEPS, slerp
 from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
 from src.utils import ImageNoise
 
@@ -329,6 +329,11 @@ def test_the_second_order_begins_and_ends_as_the_first_and_differs_in_between(sc
 # ---- what every sampler promises -------------------------------------------------------------------------
 
 
+def test_samplers_go_by_the_names_that_the_readme_gives_and_each_has_a_default_number_of_steps():
+    assert {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde} == SAMPLERS
+    assert DEFAULT_STEPS.keys() == SAMPLERS.keys()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_every_sampler_yields_each_step_and_ends_on_an_image(name, steps):
@@ -417,6 +422,16 @@ def test_time_grid_goes_from_noise_to_the_clean_image(time_steps):
 @pytest.mark.parametrize("time_steps", [1, 7, 1000])
 def test_time_grid_of_all_steps_is_every_timestep(time_steps):
     assert time_grid(Diffusion(time_steps, "cosine"), time_steps) == [(t, t - 1) for t in reversed(range(time_steps))]
+
+
+@pytest.mark.parametrize("time_steps", [10, 100, 1000])
+def test_time_grid_is_of_the_whole_numbers_nearest_to_even_spacing(time_steps):
+    """The k-th time is within 1/2 of T - 1 - k T / steps; multiplied by 2 · steps, that is in whole numbers."""
+    for steps in {1, 2, 3, 7, time_steps // 3, time_steps - 1, time_steps}:
+        grid = time_grid(Diffusion(time_steps, "cosine"), steps)
+        assert {type(time) for pair in grid for time in pair} == {int}
+        for k, (t, _) in enumerate(grid):
+            assert abs(2 * steps * (t - time_steps + 1) + 2 * k * time_steps) <= steps
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -528,3 +543,12 @@ def test_slerp_stays_in_the_plane_of_its_ends(ends):
     path = slerp(*ends, torch.linspace(0, 1, 5)).flatten(1).double()
     basis, _ = torch.linalg.qr(ends.flatten(1).double().T)  # (pixels, 2), orthonormal
     torch.testing.assert_close(path @ basis @ basis.T, path, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("degrees", [30, 60, 90, 120, 150])
+def test_slerp_turns_by_that_share_of_the_angle_which_the_weight_says(degrees):
+    """In a plane, from (1, 0) to (cos θ, sin θ), weight w leads to (cos wθ, sin wθ), be θ acute or obtuse."""
+    theta, weights = math.radians(degrees), torch.linspace(0, 1, 5)
+    a, b = (torch.tensor([math.cos(phi), math.sin(phi)]).view(1, 1, 2) for phi in (0.0, theta))
+    expected = torch.stack([(weights * theta).cos(), (weights * theta).sin()], dim=1).view(5, 1, 1, 2)
+    torch.testing.assert_close(slerp(a, b, weights), expected, rtol=0, atol=1e-5)
