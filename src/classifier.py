@@ -18,7 +18,7 @@ from src import cache  # a training takes minutes
 from src.dataset import batches, normalise  # every network is fed by them
 from src.devices import autocast, float32_kernels, pick_precision  # how each device is to compute
 from src.metrics import Extractor, Scores  # which take any network that gives features and logits
-from src.utils import progress  # the one rule of when a bar is shown
+from src.utils import Rows, progress  # labels of all images; the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -154,12 +154,12 @@ class ClassifierScores:
 
     def __init__(self, classifier: Extractor, reference: Tensor, classes: Sequence[str], seed: int = 0) -> None:
         self.scores, self.classes = Scores(classifier, reference, seed), classes
-        self.labels: list[Tensor] = []
+        self.labels = Rows()
 
     def update(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Take in generated images (B, C, H, W), uint8, and which classes (B,) were asked for, if any were."""
         self.scores.update(images)
-        self.labels.append(torch.full((len(images),), NOT_ASKED) if labels is None else labels.cpu())
+        self.labels.append(torch.full((len(images),), NOT_ASKED) if labels is None else labels)
 
     def compute(self) -> dict[str, Any]:
         """The scores of all images so far.
@@ -174,8 +174,8 @@ class ClassifierScores:
         beside a low `classifier_fd`.
         """
         scores = self.scores.compute()
-        found = torch.cat(self.scores.logits).argmax(1) if self.scores.logits else torch.empty(0, dtype=torch.long)
-        wanted = torch.cat(self.labels) if self.labels else found
+        found = self.scores.logits.all().argmax(1) if self.scores.logits else torch.empty(0, dtype=torch.long)
+        wanted = self.labels.all() if self.labels else found
         asked = wanted != NOT_ASKED
         counts = found.bincount(minlength=len(self.classes)).tolist()
         return {

@@ -20,7 +20,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from src import cache  # features of the reference take minutes
 from src.distributed import World  # among whose processes the looking is divided
 from src.neighbours import precision_recall  # one of the scores
-from src.utils import progress  # the one rule of when a bar is shown
+from src.utils import Rows, progress  # features of all images; the one rule of when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ def reference_features(
     """
 
     def look() -> dict[str, Tensor]:
-        seen = []
+        features = torch.empty(len(images), extractor.num_features)  # in one place, as `Rows` explains
         log.info("looking at %d real images first; what is seen there is kept for the next time", len(images))
         with progress(log, total=len(images), desc="reference images", unit="image") as bar:
-            for batch in images.split(batch_size):
-                seen.append(extractor(batch)[0].float().cpu())
+            for rows, batch in zip(features.split(batch_size), images.split(batch_size), strict=True):
+                rows.copy_(extractor(batch)[0])
                 bar.update(len(batch))
-        return {"features": torch.cat(seen)}
+        return {"features": features}
 
     key = cache.key(f"{extractor.name} {extractor.sha256}", images)
     return cache.recall(f"features-{len(images)}", key, look, cache_folder)["features"]
@@ -89,14 +89,13 @@ class Scores:
 
     def __init__(self, extractor: Extractor, reference: Tensor, seed: int = 0, splits: int = 10) -> None:
         self.extractor, self.reference, self.seed, self.splits = extractor, reference, seed, splits
-        self.features: list[Tensor] = []
-        self.logits: list[Tensor] = []
+        self.features, self.logits = Rows(), Rows()
 
     def update(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Take in generated images (B, C, H, W), uint8 in [0, 255]; labels make no difference to these scores."""
         features, logits = self.extractor(images)
-        self.features.append(features.float().cpu())
-        self.logits.append(logits.float().cpu())
+        self.features.append(features.float())
+        self.logits.append(logits.float())
 
     def compute(self) -> dict[str, Any]:
         """The scores of all images so far; a minute of work for 10,000 of 2048 features.
@@ -108,7 +107,7 @@ class Scores:
             of in the others.
         """
         real = self.reference
-        generated = torch.cat(self.features) if self.features else real[:0]
+        generated = self.features.all() if self.features else real[:0]
         scores = {"num_images": len(generated), "num_reference_images": len(real), "notes": []}
         for part in (self._distances(real, generated), self._manifolds(real, generated), self._inception_score()):
             scores["notes"] += part.pop("notes", [])
@@ -141,7 +140,7 @@ class Scores:
             return missing | {"notes": ["Inception Score is missing: these weights lack the network's last layer."]}
         if not self.logits:
             return missing | {"notes": ["Inception Score is missing: there are no images."]}
-        mean, std = inception_score(torch.cat(self.logits), self.seed, self.splits)
+        mean, std = inception_score(self.logits.all(), self.seed, self.splits)
         if not math.isfinite(mean):
             return missing | {"notes": ["Inception Score is missing: the network's logits are not finite."]}
         if not math.isfinite(std):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from src.folder import ImageFiles  # what stands in for images that memory cannot hold
-from src.utils import image_grid, progress  # pairs make a picture; one rule of when a bar is shown
+from src.utils import Rows, image_grid, progress  # all images; a picture of pairs; when a bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ class Neighbours:
         self.training = training
         (few,) = test[:TEST_IMAGES].split(TEST_IMAGES)
         self.usual, _ = nearest(few, training, "test images")
-        self.answered = 0  # batches that the kept answer of `search` is about
-        self.images: list[Tensor] = []  # bytes, so that even 10,000 of them take a tenth of what their features take
+        self.answered = 0  # images that the kept answer of `search` is about
+        self.images = Rows()  # bytes, so that even 10,000 of them take a tenth of what their features take
 
     def update(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Take in generated images (B, C, H, W), uint8 in [0, 255]; labels make no difference."""
@@ -115,7 +115,7 @@ class Neighbours:
     def search(self) -> tuple[Tensor, Tensor]:
         """What `nearest` says of all images so far; the answer is kept, since `compute` and `pairs` both need it."""
         if self.answered != len(self.images):
-            self.answer = nearest(torch.cat(self.images), self.training, "generated images")
+            self.answer = nearest(self.images.all(), self.training, "generated images")
             self.answered = len(self.images)
         return self.answer
 
@@ -123,7 +123,7 @@ class Neighbours:
         """The PAIRS generated images that are nearest to a training image, with it: (PAIRS, 2, C, H, W) uint8."""
         distances, index = self.search()
         order = distances.argsort(stable=True)[:PAIRS]
-        return torch.stack([torch.cat(self.images)[order], self.training[index[order]]], dim=1)
+        return torch.stack([self.images.all()[order], self.training[index[order]]], dim=1)
 
     def picture(self) -> Tensor:
         """The pairs as one picture, (C, H', W') uint8: generated left, training image right, the nearest first."""

@@ -1,4 +1,4 @@
-"""Noise, pictures and plots."""
+"""Collected rows, noise, pictures and plots."""
 
 import logging
 import math
@@ -45,6 +45,35 @@ def make_directories(places: Mapping[str, str]) -> list[Path]:
 def progress(log: logging.Logger, **kwargs: Any) -> tqdm:
     """A tqdm bar, shown if `log` speaks of progress (not under --quiet) and stderr is a terminal."""
     return tqdm(disable=None if log.isEnabledFor(logging.INFO) else True, **kwargs)
+
+
+class Rows:
+    """Batches of rows (B, ...) in one tensor, which takes twice the memory whenever it is full.
+
+    A list would keep each batch where the allocator put it, between the tensors of the networks that run meanwhile.
+    Memory that is freed on both sides of it cannot be joined, and may be too small for what is allocated next.
+    """
+
+    def __init__(self) -> None:
+        self._memory, self._count = torch.empty(0), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: Tensor) -> None:
+        """Copy rows of any device to the end; all batches have the type of the first."""
+        count = self._count + len(rows)
+        if not self._count or count > len(self._memory):
+            memory = torch.empty(max(count, 2 * len(self._memory)), *rows.shape[1:], dtype=rows.dtype)
+            if self._count:
+                memory[: self._count] = self.all()
+            self._memory = memory
+        self._memory[self._count : count] = rows
+        self._count = count
+
+    def all(self) -> Tensor:
+        """All rows so far, (N, ...) on the CPU; not a copy."""
+        return self._memory[: self._count]
 
 
 class ImageNoise:

@@ -281,21 +281,27 @@ def show_contention(plan: Plan) -> None:
     show_table("training, images/s | " + " | ".join(f"{n} busy processes" for n in plan.busy), rows)
 
 
+def evaluation_memory(images: int, threads: int) -> float:
+    """Peak memory in MB of an eval.py that generates and scores that many images."""
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(root / "eval.py"), "--checkpoint", str(root / "weights/fashion-mnist.pth")]
+        command += ["--num_samples", str(images), "--steps", "2", "--device", "cpu", "--output_dir", folder]
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=2)
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise errors.UserError(f"eval.py failed with status {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
+
+
 def show_evaluation(plan: Plan) -> None:
     """Peak memory of eval.py and what the features take of it, by images and threads; needs the whole data set."""
-    root = Path(__file__).parent.parent
+    log.info("preparing: features of the test images and the classifier, which are computed once and kept")
+    evaluation_memory(1, plan.threads[0])
     rows = []
     for threads, images in itertools.product(plan.threads, plan.scored):
         log.info("measuring memory: eval.py with %d images, %d threads", images, threads)
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(root / "eval.py"), "--checkpoint", str(root / "weights/fashion-mnist.pth")]
-            command += ["--num_samples", str(images), "--steps", "2", "--device", "cpu", "--output_dir", folder]
-            child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=2)
-            _, status, usage = os.wait4(child.pid, 0)
-            if status:
-                raise errors.UserError(f"eval.py failed with status {os.waitstatus_to_exitcode(status)}")
-        peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
-        rows.append((threads, images, peak, images * 2048 * 4 / 1e6))
+        rows.append((threads, images, evaluation_memory(images, threads), images * 2048 * 4 / 1e6))
     show_table("threads | images scored | peak memory, MB | their features, MB", rows)
 
 

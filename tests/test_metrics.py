@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from src import cache, dataset, metrics
+from src.utils import Rows
 
 FEATURES = 16  # torchmetrics takes eigenvalues of (D, D) matrices: 2048 would need 10 s a test
 
@@ -123,6 +125,41 @@ def test_reference_features_are_computed_once(tmp_path):
     assert torch.equal(fresh, cached)
     torch.testing.assert_close(fresh, LinearExtractor()(images)[0])
     assert scores_of(random_images(50, 5), fresh) == scores_of(random_images(50, 5), cached)
+
+
+@pytest.mark.parametrize("collect", ["reference", "generated"])
+def test_what_the_network_returns_is_freed_before_it_is_called_again(collect, tmp_path):
+    """Kept batches would lie scattered between the tensors of the network, and its memory would grow (`Rows`)."""
+    returned = []
+
+    class Watched(LinearExtractor):
+        def __call__(self, images):
+            assert not any(output() is not None for output in returned), "the last batch's output is still there"
+            outputs = super().__call__(images)
+            returned[:] = map(weakref.ref, outputs)
+            return outputs
+
+    images = random_images(40, seed=4)
+    if collect == "reference":
+        features = metrics.reference_features(images, Watched(), tmp_path, batch_size=8)
+    else:
+        scores = metrics.Scores(Watched(), torch.empty(0, FEATURES))
+        for batch in images.split(8):
+            scores.update(batch)
+        features = scores.features.all()
+    torch.testing.assert_close(features, LinearExtractor()(images)[0])
+
+
+@pytest.mark.parametrize("sizes", [[5], [1] * 9, [3, 0, 7, 1], [2, 50, 1], [0, 4]])
+def test_rows_are_those_of_all_batches_in_order(sizes):
+    batches = [random_images(n, seed=n) for n in sizes]
+    rows = Rows()
+    assert not rows
+    for batch in batches:
+        rows.append(batch)
+    assert len(rows) == sum(sizes) and torch.equal(rows.all(), torch.cat(batches))
+    assert rows.all().dtype == torch.uint8
+    assert rows.all().untyped_storage().nbytes() <= 2 * rows.all().nbytes
 
 
 def test_other_images_or_weights_are_not_taken_from_the_cache(tmp_path):

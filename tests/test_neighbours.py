@@ -136,7 +136,7 @@ def test_images_in_files_are_decoded_once_however_many_are_generated(tmp_path, m
     scores, picture = found.compute(), found.picture()
     assert decoded.total() == 2 * len(files) + neighbours.PAIRS
     in_memory = neighbours.Neighbours(files[range(40)], random_images(30, seed=2, shape=(1, 8, 8)))
-    in_memory.update(torch.cat(found.images))
+    in_memory.update(found.images.all())
     assert in_memory.compute() == scores and torch.equal(in_memory.picture(), picture)
 
 
