@@ -1,56 +1,69 @@
 """The diffusion process of DDPM: noise schedules, the forward process q, its posterior and the training loss.
 
-Notation is Ho et al. 2020's (https://arxiv.org/abs/2006.11239), with two habits of code: timesteps count from 0,
-so `t` here is the paper's t + 1; and α̅ (alpha_bar) is the one quantity that everything is computed from.
-Timesteps are one an image, (B,), or one for all of them, (1,).
+The notation is that of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), except that timesteps count from 0: `t` is
+the paper's t - 1, and t = -1 stands for the clean image. Every coefficient is computed from α̅ (`alpha_bar`).
+A tensor of timesteps holds one per image, (B,), or one for the whole batch, (1,).
 
-What lives where: images, noises and the network are on a device of any kind. Timesteps and the schedule's tables are
-on the CPU, the tables in float64, which some devices lack (Apple's, most of Intel's). Coefficients are computed
-there, in float64; only rounded to float32 do they go to the images' device, where the network is given t, too. So
-nothing here makes the CPU wait for a device.
+Images and the network may be on any device. Timesteps and the schedule stay on the CPU, the schedule in float64, which
+some devices lack (Apple's, most of Intel's). Coefficients are computed in float64, rounded to float32, and then copied
+to the device, without waiting where it allows that.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from src.devices import send  # the way from the CPU to a device
+Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
-Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → its prediction of `target` (B,C,H,W)
+PREDICTIONS = ("noise", "x0", "v")  # what the network predicts; see `Diffusion.target`
+LOSS_WEIGHTS = ("uniform", "min_snr")  # weight of each timestep in the loss; see `Diffusion.weight`
+TIME_SAMPLINGS = ("uniform", "stratified")  # distribution of the training timesteps; see `draw_times`
 
 
 def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
-    """Betas from `beta_start` to `beta_end` in equal steps (Ho et al. 2020, §4), (T,) float64.
+    """Betas equally spaced from `beta_start` to `beta_end` (Ho et al. 2020, §4), (T,) float64.
 
-    The paper's values are meant for T = 1000. For another T both ends are scaled by 1000 / T, so that the sum of
-    the betas, and with it the noise at the end, stays the same; 0.999 caps what that makes of a very small T.
+    The paper's values are meant for T = 1000. For other T both ends are scaled by 1000 / T, which keeps the sum of the
+    betas, and so approximately α̅_T. Betas are capped at 0.999, which only matters for very small T.
     """
     scale = 1000 / time_steps
-    betas = torch.linspace(scale * beta_start, scale * beta_end, time_steps, dtype=torch.float64)
-    return betas.clamp(max=0.999)
+    return torch.linspace(scale * beta_start, scale * beta_end, time_steps, dtype=torch.float64).clamp(max=0.999)
 
 
 def cosine_betas(time_steps: int, s: float = 0.008) -> Tensor:
-    """Betas whose α̅ follows a squared cosine (Nichol & Dhariwal 2021, eq. 17), (T,) float64, at most 0.999."""
+    """Betas for which α̅ is a squared cosine of t (Nichol & Dhariwal 2021, eq. 17), (T,) float64, at most 0.999."""
     u = torch.arange(time_steps + 1, dtype=torch.float64) / time_steps  # (T+1,): t/T, both ends included
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # β_t = 1 - α̅_t / α̅_{t-1}
 
 
-def draw_times(count: int, time_steps: int, how: str) -> Tensor:
-    """Timesteps to train on, (count,) int64, each uniform from 0 to T - 1, from torch's global generator.
+SCHEDULES = {  # name → betas (T,) from time_steps, beta_start, beta_end
+    "linear": linear_betas,
+    "cosine": lambda time_steps, _start, _end: cosine_betas(time_steps),
+}
 
-    "uniform" draws them one by one. "stratified" draws one from each of `count` equal parts of the range: every batch
-    sees them all, and its loss varies less from batch to batch (akin to Kingma et al. 2021, appendix I.1, where the
-    parts share one offset).
+
+def draw_times(count: int, time_steps: int, sampling: str) -> Tensor:
+    """Draw training timesteps, (count,) int64 in 0 ... T - 1, with torch's global generator.
+
+    "uniform" draws them independently. "stratified" divides the range into `count` equal strata and draws one timestep
+    from each, in ascending order. Every batch then covers all noise levels, and its loss varies less (similar to
+    Kingma et al. 2021, appendix I.1, where all strata share one offset).
     """
-    if how == "uniform":
+    if sampling == "uniform":
         return torch.randint(time_steps, (count,))
     u = (torch.arange(count) + torch.rand(count)) / count  # (count,) in [0, 1]
     return (time_steps * u).long().clamp(max=time_steps - 1)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device` without waiting for the work that is queued there.
+
+    MPS is the exception: its asynchronous copies may read memory that was freed meanwhile (pytorch issue 189690).
+    """
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 class Diffusion:
@@ -58,15 +71,11 @@ class Diffusion:
 
     Args:
         time_steps: T, the number of noise levels.
-        schedule: "linear" or "cosine".
-        beta_start, beta_end: the ends of the linear schedule; the cosine schedule has none.
-        prediction: what the network predicts, "noise" (Ho et al.), "x0" or "v" (Salimans & Ho 2022); see `target`.
-        loss_weight: of the timesteps in the loss, "uniform" or "min_snr"; see `weight`.
-        device: where x_t will live.
-
-    Attributes:
-        betas, alpha_bar: (T,) float64, on the CPU. Near t = 0, 1 - α̅ is 4e-5: float32 would keep only three of its
-            digits, so coefficients are computed in float64 and rounded last.
+        schedule: a name in SCHEDULES.
+        beta_start, beta_end: first and last beta of the linear schedule; the cosine schedule ignores them.
+        prediction: what the network predicts, one of PREDICTIONS; see `target`.
+        loss_weight: weight of each timestep in the loss, one of LOSS_WEIGHTS; see `weight`.
+        device: the device of x_t.
     """
 
     def __init__(
@@ -79,44 +88,37 @@ class Diffusion:
         loss_weight: str = "uniform",
         device: torch.device | str = "cpu",
     ) -> None:
-        if schedule == "linear":
-            betas = linear_betas(time_steps, beta_start, beta_end)
-        elif schedule == "cosine":
-            betas = cosine_betas(time_steps)
-        else:
-            raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
-        if prediction not in ("noise", "x0", "v"):
-            raise ValueError(f"unknown prediction {prediction!r}: choose noise, x0 or v")
-        if loss_weight not in ("uniform", "min_snr"):
-            raise ValueError(f"unknown loss weight {loss_weight!r}: choose uniform or min_snr")
+        for choice, known in ((schedule, SCHEDULES), (prediction, PREDICTIONS), (loss_weight, LOSS_WEIGHTS)):
+            if choice not in known:
+                raise ValueError(f"unknown setting {choice!r}: choose from {', '.join(known)}")
         self.time_steps, self.prediction, self.loss_weight = time_steps, prediction, loss_weight
-        self.device, self.betas = torch.device(device), betas
-        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+        self.device, self.betas = torch.device(device), SCHEDULES[schedule](time_steps, beta_start, beta_end)
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,) float64: in float32, 1 - α̅_0 would have 3 digits
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """√α̅_t and √(1 - α̅_t), float32, shaped (B,1,1,1) to multiply images; t (B,), -1 for the clean image."""
+        """√α̅_t and √(1 - α̅_t), the factors of x_0 and eps in x_t, each float32 (B,1,1,1); t (B,)."""
         alpha_bar = self._alpha_bar_or_one(t)
         return self.per_image(alpha_bar.sqrt()), self.per_image((1 - alpha_bar).sqrt())
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        """λ_t = log(√α̅_t / √(1 - α̅_t)), (B,) float64 on the CPU, and infinite for the clean image, t = -1.
+        """λ_t = log(√α̅_t / √(1 - α̅_t)), half the log signal-to-noise ratio, (B,) float64; infinite for t = -1.
 
-        It grows as the noise goes, and is the time in which fast solvers count (Lu et al. 2022).
+        DPM-Solver++ uses λ as its time variable (Lu et al. 2022).
         """
         alpha_bar = self._alpha_bar_or_one(t)
         return (alpha_bar / (1 - alpha_bar)).log() / 2
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0), given its noise eps ~ N(0, I) (Ho et al., eq. 4); images (B,C,H,W), t (B,)."""
+        """Sample x_t ~ q(x_t | x_0) with the noise eps ~ N(0, I) (Ho et al., eq. 4); x0 and eps (B,C,H,W), t (B,)."""
         signal, noise = self.signal_and_noise(t)
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is to predict from x_t: the noise, x_0, or v = √α̅_t eps - √(1 - α̅_t) x_0.
+        """The regression target: the noise eps, x_0, or v = √α̅_t eps - √(1 - α̅_t) x_0 (Salimans & Ho 2022).
 
-        Any of them, with x_t, fixes the others. But to get x_0 from the noise one divides by √α̅_t, which on the
-        cosine schedule ends at 5e-5: there any error of the network becomes a saturated pixel. From v one never
-        divides (Salimans & Ho 2022, appendix D).
+        Given x_t, each of the three determines the others. x_0 follows from eps by a division by √α̅_t, which falls to
+        5e-5 on the cosine schedule: there, a small error of the network saturates pixels. v needs no division
+        (Salimans & Ho 2022, appendix D).
         """
         if self.prediction == "noise":
             return eps
@@ -126,7 +128,7 @@ class Diffusion:
         return signal * eps - noise * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The x_0 that the network's output for x_t stands for, clipped to the data's range [-1, 1]."""
+        """Convert the network's output for x_t into an estimate of x_0, clipped to [-1, 1]; (B,C,H,W)."""
         signal, noise = self.signal_and_noise(t)
         if self.prediction == "noise":
             output = (x_t - noise * output) / signal
@@ -135,66 +137,66 @@ class Diffusion:
         return output.clamp(-1, 1)
 
     def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's estimate of x_0 from x_t, clipped to [-1, 1], (B,C,H,W)."""
+        """Evaluate the network at x_t and return its estimate of x_0, clipped to [-1, 1]; (B,C,H,W)."""
         return self.predict_x0(x_t, t, network(x_t, send(t, self.device)))
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise that leads from x_0 to x_t: eq. 4 solved for eps."""
+        """The noise eps in x_t, given x_0: Ho et al., eq. 4, solved for eps; (B,C,H,W)."""
         signal, noise = self.signal_and_noise(t)
         return (x_t - signal * x0) / noise
 
     def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
-        """β̃, the variance of q(x_s | x_t, x_0) for s < t, float32 (B,1,1,1); with s = t - 1, Ho et al.'s eq. 7."""
+        """β̃, the variance of q(x_s | x_t, x_0) for s < t, float32 (B,1,1,1); Ho et al., eq. 7, where s = t - 1."""
         return self.per_image(self._beta_tilde(t, s))
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """μ̃, the mean of q(x_s | x_t, x_0) for s < t, (B,C,H,W); with s = t - 1, Ho et al.'s eq. 7.
+        """μ̃, the mean of q(x_s | x_t, x_0) for s < t, (B,C,H,W); Ho et al., eq. 7, where s = t - 1.
 
-        For the jumps of a coarser grid the derivation is the same with α̅_t / α̅_s for α_t (Nichol & Dhariwal
-        2021, §4).
+        With fewer sampling steps than T, α_t becomes α̅_t / α̅_s (Nichol & Dhariwal 2021, §4).
         """
         alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
         alpha = alpha_bar_t / alpha_bar_s
-        of_x0 = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
-        of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-        return self.per_image(of_x0) * x0 + self.per_image(of_x_t) * x_t
+        x0_factor = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
+        x_t_factor = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        return self.per_image(x0_factor) * x0 + self.per_image(x_t_factor) * x_t
 
     def ddim_noise(self, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """Factors of the fresh noise and of eps in DDIM's step from t to s < t, float32 (B,1,1,1) each.
+        """σ (Song et al. 2021, eq. 16) and √(1 - α̅_s - σ²) (eq. 12) for the step from t to s < t, float32 (B,1,1,1).
 
-        They are σ (Song et al. 2021, eq. 16) and √(1 - α̅_s - σ²) (eq. 12). With eta near 1 and t near T the
-        difference is too small for float32, which may round it below 0.
+        They are the factors of fresh noise and of the predicted eps. Rounding may push 1 - α̅_s - σ² below 0 where eta
+        is near 1 and t near T, hence the clamp.
         """
         variance = eta**2 * self._beta_tilde(t, s)
-        left = (1 - self._alpha_bar_or_one(s) - variance).clamp(min=0)
-        return self.per_image(variance.sqrt()), self.per_image(left.sqrt())
+        remaining = (1 - self._alpha_bar_or_one(s) - variance).clamp(min=0)
+        return self.per_image(variance.sqrt()), self.per_image(remaining.sqrt())
 
     def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The mean squared error of the prediction, a scalar; of the noise, it is L_simple (Ho et al., eq. 14)."""
+        """The weighted mean squared error of the prediction, a scalar; L_simple for noise (Ho et al., eq. 14)."""
         output = network(self.q_sample(x0, t, eps), send(t, self.device))
-        error = F.mse_loss(output, self.target(x0, t, eps), reduction="none")
+        error = torch.nn.functional.mse_loss(output, self.target(x0, t, eps), reduction="none")
         return (self.weight(t) * error).mean()
 
     def weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
-        """How much timestep t counts in the loss, float32 (B,1,1,1); 1 where weights are uniform.
+        """The weight of timestep t in the loss, float32 (B,1,1,1); 1 for "uniform".
 
-        "min_snr" counts errors of x_0 by min(SNR, γ), γ = 5 (Hang et al. 2023, §3.4). An error of the noise makes one
-        of x_0 that is 1/√SNR as large, an error of v one that is 1/√(SNR + 1) as large.
+        "min_snr" weights the squared error of x_0 by min(SNR, γ), γ = 5 (Hang et al. 2023, §3.4). That error is the
+        squared error of eps divided by SNR, or that of v divided by SNR + 1.
         """
         if self.loss_weight == "uniform":
             return torch.ones(len(t), 1, 1, 1, device=self.device)
         snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
-        return self.per_image(snr.clamp(max=gamma) / {"noise": snr, "x0": 1, "v": snr + 1}[self.prediction])
+        ratio = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]  # squared error over x_0's
+        return self.per_image(snr.clamp(max=gamma) / ratio)
 
     def per_image(self, coefficient: Tensor) -> Tensor:
-        """(B,) float64 on the CPU → (B,1,1,1) float32 on the images' device, to multiply them by."""
+        """Round coefficients (B,) float64 to float32, shape them (B,1,1,1) and copy them to the images' device."""
         return send(coefficient.float()[:, None, None, None], self.device)
 
     def _beta_tilde(self, t: Tensor, s: Tensor) -> Tensor:
-        """β̃ (Ho et al., eq. 7) for any s < t, (B,) float64: callers round only what they make of it."""
+        """β̃ (Ho et al., eq. 7) for any s < t, (B,) float64."""
         alpha_bar_t, alpha_bar_s = self._alpha_bar_or_one(t), self._alpha_bar_or_one(s)
         return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 
     def _alpha_bar_or_one(self, t: Tensor) -> Tensor:
-        """α̅_t, (B,) float64; 1 where t = -1, before the first noise."""
+        """α̅_t, (B,) float64; 1 for t = -1, the clean image."""
         return torch.where(t >= 0, self.alpha_bar[t.clamp(min=0)], 1.0)

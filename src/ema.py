@@ -1,36 +1,38 @@
-"""The exponential moving average of a model's weights, which samples better than the weights themselves."""
+"""Exponential moving average (EMA) of a model's weights, which gives better samples than the weights themselves."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class EMA:
-    """A shadow of `model`: after every optimiser step, shadow ← d · shadow + (1 - d) · weights.
 
-    d = min(decay, step / (step + 9)): an average over about the last tenth of the steps, until that is as long as
-    `decay` wants it. With a constant d the initial weights would weigh as much as 1 / (1 - decay) steps.
+class EMA(Generic[Model]):
+    """A second model whose weights are the moving average of those of `model`.
 
-    The shadow is a model of its own, so evaluating it never touches the weights in training.
+    After every optimiser step, average ← d · average + (1 - d) · weights with d = min(decay, step / (step + 9)).
+    Early on this averages over about the last tenth of the steps. With a constant d, the initial weights would keep
+    a large share for about 1 / (1 - decay) steps.
 
     Args:
-        model: the model in training; its present weights are the average's start.
-        decay: in [0, 1). 0.995 remembers about 1 / (1 - decay) = 200 steps, once there have been 1,800.
+        model: the model in training; the average starts from its present weights.
+        decay: in [0, 1). 0.995 averages over about 1 / (1 - decay) = 200 steps, from step 1,800 on.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, skip: Tensor | None = None) -> None:
-        """The recurrence's step number `step`, from 1. Call it after every optimiser step.
+        """Update the average after optimiser step number `step`, counting from 1.
 
-        Where `skip`, a boolean scalar on the model's device, is true, the average stays as it is.
+        Nothing changes if `skip`, a boolean scalar on the model's device, is true. The CPU does not wait for it.
         """
-        shadows, weights = list(self.model.parameters()), list(model.parameters())
-        share = torch.full((), 1 - min(self.decay, step / (step + 9)), device=weights[0].device)  # of the weights
+        averages, weights = tuple(self.model.parameters()), tuple(model.parameters())
+        one_minus_d = torch.full((), 1 - min(self.decay, step / (step + 9)), device=weights[0].device)
         if skip is not None:
-            share = share.masked_fill(skip, 0)  # a tensor, for the CPU need not know what the device found out
-        torch._foreach_lerp_(shadows, weights, [share] * len(shadows))
+            one_minus_d = one_minus_d.masked_fill(skip, 0)
+        torch._foreach_lerp_(averages, weights, [one_minus_d] * len(averages))

@@ -1,10 +1,11 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B), cut down to about two million parameters.
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), reduced to about two million parameters.
 
-Shapes at line ends: B images, C channels, H × W pixels, D the width of the time embedding.
+Comments at line ends give shapes: B images, C channels, H × W pixels, D the width of the time embedding.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -12,19 +13,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION_RESOLUTIONS = (16, 8)  # maps of this height get self-attention, beside the middle (Ho et al.: 16)
-LARGEST_SEPARABLE = 8  # from this height down, 3×3 convolutions are depthwise-separable
-HEAD_WIDTH = 64  # channels of one attention head
-NORM_GROUPS = 8  # groups of every GroupNorm; each width must be a multiple
+ATTENTION_RESOLUTIONS = (16, 8)  # feature maps of this height get self-attention, as does the middle (Ho et al.: 16)
+LARGEST_SEPARABLE = 8  # 3×3 convolutions are depthwise-separable on feature maps of at most this height
+HEAD_WIDTH = 64  # channels per attention head
+NORM_GROUPS = 8  # groups of every GroupNorm; every width must be a multiple of it
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
+    """Context in which convolutions and matrix products run in `precision`; weights and gradients stay float32."""
+    return torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext()
 
 
 class TimeEmbedding(nn.Module):
-    """t → vector: sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, §3.5), then two layers."""
+    """Embeds t: sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, §3.5), then two linear layers."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies = nn.Buffer(torch.exp(-math.log(10_000) * torch.arange(0, dim, 2) / dim), persistent=False)
         self.layers = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018) whose statistics are taken in float32, whatever the precision of x."""
+    """Group normalisation (Wu & He 2018), computed in float32 whatever the precision of x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels)
@@ -43,11 +48,10 @@ class Norm(nn.GroupNorm):
 
 
 def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
-    """A 3×3 convolution: dense on large maps, depthwise-separable on small ones.
+    """A 3×3 convolution: dense on large feature maps, depthwise-separable on small ones.
 
-    A dense one costs 9·c_in·c_out weights whatever the map's size. At 8×8 and 4×4, where the U-Net is widest,
-    those would be three quarters of the parameters, to serve 64 pixels or 16; separating space (3×3 a channel) from
-    channels (1×1) keeps the widths at a ninth of the cost.
+    A dense convolution has 9·c_in·c_out weights. At 8×8 and 4×4, where the U-Net is widest, dense convolutions would
+    hold three quarters of all parameters. A depthwise 3×3 and a pointwise 1×1 convolution need a ninth of them.
     """
     if resolution > LARGEST_SEPARABLE:
         return nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -55,10 +59,10 @@ def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
-    """x + two (3×3 convolution, GroupNorm, SiLU) layers; the time scales and shifts the first normalisation.
+    """Residual block of two layers (3×3 convolution, GroupNorm, SiLU), conditioned on the time embedding.
 
-    The scale and shift are Dhariwal & Nichol 2021's adaptive group normalisation (§3, equation AdaGN). Norms come
-    after the convolutions: before them, they would also run on the concatenated maps of the way up, twice as wide.
+    The embedding scales and shifts the first normalisation: adaptive group normalisation (Dhariwal & Nichol 2021, §3,
+    equation AdaGN). Normalisation follows the convolution: before it, the decoder's inputs are twice as wide.
     """
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
@@ -78,34 +82,32 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + multi-head self-attention over the pixels of the map (Vaswani et al. 2017, §3.2).
+    """Residual multi-head self-attention over the pixels of a feature map (Vaswani et al. 2017, §3.2).
 
-    Written out: with at most 256 pixels there is little for a fused kernel to save, and torch's is slower on a CPU.
+    It is written out because torch's fused kernel is slower on a CPU, and saves little at the default sizes.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        most = max(1, channels // HEAD_WIDTH)
-        self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)  # heads of equal width
+        self.heads = next(n for n in range(max(1, channels // HEAD_WIDTH), 0, -1) if channels % n == 0)  # equal widths
         self.norm = Norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        height = x.shape[2]
         qkv = rearrange(self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.heads)
         q, k, v = qkv  # (B, heads, H·W, C/heads) each
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, heads, H·W, H·W): eq. 1
-        return x + self.out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))  # (B, C, H, W)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # (B, heads, H·W, H·W), eq. 1
+        return x + self.out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=x.shape[2]))  # (B, C, H, W)
 
 
 def attention_at(resolution: int, channels: int) -> nn.Module:
-    """Self-attention on the maps of ATTENTION_RESOLUTIONS, nothing on others."""
+    """Self-attention if the resolution is in ATTENTION_RESOLUTIONS, else the identity."""
     return Attention(channels) if resolution in ATTENTION_RESOLUTIONS else nn.Identity()
 
 
 class UpLevel(nn.Module):
-    """One resolution on the way up: a ResNet block and, at 16×16 and 8×8, self-attention."""
+    """One resolution of the decoder: a ResNet block and, at 16×16 and 8×8, self-attention."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
         super().__init__()
@@ -117,24 +119,21 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, eq. 11: from x_t, t and the class y, a prediction of the noise (or of x_0 or v).
+    """Predicts the noise (Ho et al. 2020, eq. 11), x_0 or v from x_t, t and the class y.
 
-    Down through the levels, halving the map and widening the channels; a middle of two ResNet blocks around
-    self-attention at the lowest resolution; up again, each level reading beside its input what the level of its
-    resolution wrote on the way down. With the default arguments: levels of 32×32×32, 64×16×16, 128×8×8 and
-    256×4×4, and 2.3 million parameters.
+    The encoder halves the resolution and widens the channels from level to level. The middle has two ResNet blocks
+    around self-attention at the lowest resolution. Each level of the decoder reads the output of the level below it,
+    concatenated with that of the encoder level of its own resolution (skip connection). The default arguments give
+    levels of 32×32×32, 64×16×16, 128×8×8 and 256×4×4 (channels × height × width) and 2.3 million parameters.
 
     Args:
         image_size: height and width of the images, divisible by 2^(levels - 1).
         channels: 1 for grayscale, 3 for colour.
         dim: channels of the first level, a multiple of NORM_GROUPS.
         dim_mults: channels of each level, as multiples of `dim`.
-        num_classes: how many classes y may name; 0 for the plain model, which knows of none.
+        num_classes: number of classes; 0 for an unconditional model. y = num_classes, `no_class`, means no class.
         dropout: dropout probability in each ResNet block.
-        encoder_attention: self-attention on the way down, too; without it, only on the way up and in the middle.
-
-    Attributes:
-        no_class: the y that tells nothing, one above the classes.
+        encoder_attention: whether the encoder has self-attention, too; else only the decoder and the middle have it.
     """
 
     def __init__(
@@ -149,9 +148,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size, self.channels, self.no_class = image_size, channels, num_classes
-        widths = [dim * m for m in dim_mults]
+        widths, time_width = [dim * m for m in dim_mults], 4 * dim
         sizes = [image_size >> level for level in range(len(widths))]
-        time_width = 4 * dim
         pairs = list(pairwise(widths))  # neighbouring levels: (upper, lower)
 
         self.time = TimeEmbedding(dim, time_width)
@@ -175,18 +173,19 @@ class UNet(nn.Module):
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(lower, upper, 2, stride=2) for upper, lower in pairs)
         self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0, the mean of what is to be predicted
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)  # the first prediction is 0, close to the mean of the target
         if self.label is not None:
-            nn.init.zeros_(self.label.weight)  # classes begin alike; the row of no_class, its padding, stays 0
+            nn.init.zeros_(self.label.weight)  # padding_idx keeps the row of no_class at 0
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images x_t (B,C,H,W), timesteps t from 0 to T - 1 and classes y → the prediction (B,C,H,W).
+        """Predict from images x_t (B,C,H,W), timesteps t in 0 ... T - 1 and classes y; (B,C,H,W).
 
-        t and y are (B,), or (1,), one for all; without y, the network is told no class.
+        t and y are (B,), or (1,) if all images share them. y = None means no class.
         """
         emb = self.time(t)  # (B, D) or (1, D)
         if y is not None:
+            assert self.label is not None, "an unconditional model has no classes"
             emb = emb + self.label(y)  # (B, D) or (1, D)
         h = self.conv_in(x_t)  # (B, dim, H, W)
 
@@ -197,9 +196,7 @@ class UNet(nn.Module):
             if downsample is not None:
                 h = downsample(h)  # (B, width, H/2, W/2)
 
-        h = self.middle_in(h, emb)
-        h = self.middle_attention(h)
-        h = self.middle_out(h, emb)  # (B, widest, H/8, W/8) with four levels
+        h = self.middle_out(self.middle_attention(self.middle_in(h, emb)), emb)  # (B, widest, H/8, W/8) for 4 levels
 
         for level, upsample in reversed(list(zip(self.up, [None, *self.upsample], strict=True))):
             h = level(torch.cat([h, skips.pop()], dim=1), emb)  # (B, width, H, W)

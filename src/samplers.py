@@ -1,22 +1,24 @@
-"""Reverse processes: from noise x_T to an image x_0, each a generator that yields every x_t on its way.
+"""Samplers: reverse processes from noise x_T to an image x_0, each a generator that yields x_t after every step.
 
-A sampler takes the network, the diffusion, the start x_T (B,C,H,W), `draw()` for fresh noise of that
-shape, and the number of steps. The last tensor that it yields is the image, in [-1, 1].
+A sampler takes the network, the diffusion, the initial noise x_T (B,C,H,W), a function `draw()` that returns fresh
+noise of that shape (unused if the sampler is deterministic), and the number of steps, each of which evaluates the
+network once. The last tensor that it yields is the image, in [-1, 1].
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from src.diffusion import Diffusion, Network  # a reverse process is made of the forward process's formulae
+from src.diffusion import Diffusion, Network
 
 Draw = Callable[[], Tensor]  # () → fresh N(0, I) noise shaped like x_T
 
 
 def time_grid(diffusion: Diffusion, steps: int) -> list[tuple[int, int]]:
-    """The (t, s) pairs of `steps` jumps from t = T-1 to the clean image s = -1, evenly spaced."""
+    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in t."""
     if not 1 <= steps <= diffusion.time_steps:
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
     times = torch.linspace(diffusion.time_steps - 1, -1, steps + 1, dtype=torch.float64).round().int().tolist()
@@ -25,15 +27,15 @@ def time_grid(diffusion: Diffusion, steps: int) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior's variance, σ_t² = β̃_t.
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior's variance, σ_t² = β̃_t, and clipped x_0.
 
-    With fewer steps than the diffusion has, it samples the posteriors of the coarser grid.
+    With fewer steps than T, each step samples q(x_s | x_t, x_0) for the next timestep s of the coarser grid.
     """
     x_t = x_T
-    for t, s in _jumps(diffusion, steps):
+    for t, s in _time_pairs(diffusion, steps):
         x0 = diffusion.denoise(network, x_t, t)
         x_t = diffusion.posterior_mean(x0, x_t, t, s)
-        if s[0] >= 0:  # no noise after the last step, whose variance is 0
+        if s[0] >= 0:  # the last step has variance 0
             x_t = x_t + diffusion.posterior_variance(t, s).sqrt() * draw()
         yield x_t
 
@@ -42,11 +44,11 @@ def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps:
 def ddim(
     network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int, eta: float = 0.0
 ) -> Iterator[Tensor]:
-    """DDIM (Song et al. 2021, eqs. 12 and 16): eta = 0 is deterministic, eta = 1 is DDPM on the same grid."""
+    """DDIM (Song et al. 2021, eqs. 12 and 16): deterministic for eta = 0, equal to `ddpm` for eta = 1."""
     x_t = x_T
-    for t, s in _jumps(diffusion, steps):
+    for t, s in _time_pairs(diffusion, steps):
         x0 = diffusion.denoise(network, x_t, t)
-        eps = diffusion.predict_eps(x_t, t, x0)  # not the network's own: clipping moved x0, and eps must follow
+        eps = diffusion.predict_eps(x_t, t, x0)  # recomputed, because x0 was clipped
         signal, _ = diffusion.signal_and_noise(s)
         sigma, direction = diffusion.ddim_noise(t, s, eta)
         x_t = signal * x0 + direction * eps  # eq. 12
@@ -57,49 +59,64 @@ def ddim(
 
 @torch.inference_mode()
 def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM, but with x_0 extrapolated to the middle of the jump."""
-    x_t, before = x_T, None
-    for t, s in _jumps(diffusion, steps):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM with x_0 extrapolated to the middle of each step."""
+    x_t, previous = x_T, None
+    for t, s in _time_pairs(diffusion, steps):
         x0 = diffusion.denoise(network, x_t, t)
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
         signal, noise = diffusion.signal_and_noise(s)
-        _, noise_before = diffusion.signal_and_noise(t)
-        x0_ahead = _extrapolate(diffusion, x0, h, before)
-        x_t = noise / noise_before * x_t - signal * diffusion.per_image(torch.expm1(-h)) * x0_ahead
-        before = x0, h
+        _, noise_t = diffusion.signal_and_noise(t)
+        D = _extrapolate(diffusion, x0, h, previous)
+        x_t = noise / noise_t * x_t - signal * diffusion.per_image(torch.expm1(-h)) * D  # Algorithm 2, line 9
+        previous = x0, h
         yield x_t
 
 
 @torch.inference_mode()
 def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022): `ddpm`, but with x_0 extrapolated to the middle of the jump."""
-    x_t, before = x_T, None
-    for t, s in _jumps(diffusion, steps):
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): `ddpm` with x_0 extrapolated to the middle of each step."""
+    x_t, previous = x_T, None
+    for t, s in _time_pairs(diffusion, steps):
         x0 = diffusion.denoise(network, x_t, t)
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
-        x_t = diffusion.posterior_mean(_extrapolate(diffusion, x0, h, before), x_t, t, s)
+        D = _extrapolate(diffusion, x0, h, previous)
+        x_t = diffusion.posterior_mean(D, x_t, t, s)
         if s[0] >= 0:
             x_t = x_t + diffusion.posterior_variance(t, s).sqrt() * draw()
-        before = x0, h
+        previous = x0, h
         yield x_t
 
 
-def _extrapolate(diffusion: Diffusion, x0: Tensor, h: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The D of Lu et al. 2022, Algorithm 2: x_0 on the line through this step's and the last one's, h / 2 further on.
+def _extrapolate(diffusion: Diffusion, x0: Tensor, h: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
+    """D of Lu et al. 2022, Algorithm 2: x_0 + h / (2 h_previous) · (x_0 - x_0_previous), (B,C,H,W).
 
-    That makes a step second-order in h, the jump of λ. The first step has no line yet, and the one to the clean image
-    has h = ∞: both take x_0 as it is.
+    h is the increase of λ over a step, and this makes the error second-order in h. `previous` is (x_0, h) of the step
+    before. The first step has none, and the last one has h = ∞: both return x_0 unchanged.
     """
-    if before is None or h.isinf():
+    if previous is None or h.isinf():
         return x0
-    x0_before, h_before = before
-    return x0 + diffusion.per_image(h / (2 * h_before)) * (x0 - x0_before)
+    x0_previous, h_previous = previous
+    return x0 + diffusion.per_image(h / (2 * h_previous)) * (x0 - x0_previous)
 
 
-def _jumps(diffusion: Diffusion, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each (t, s) of the grid as two (1,) tensors on the CPU: one time for all images, its embedding computed once."""
+def _time_pairs(diffusion: Diffusion, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of `time_grid` as (1,) tensors: one timestep for the batch, so that it is embedded once."""
     for t, s in time_grid(diffusion, steps):
         yield torch.tensor([t]), torch.tensor([s])
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde}
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler with the number of steps that it takes by default, and whether it draws noise in every step."""
+
+    run: Callable[..., Iterator[Tensor]]
+    steps: int  # chosen by FID: docs/speed.md
+    stochastic: bool
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm, steps=50, stochastic=True),
+    "ddim": Sampler(ddim, steps=50, stochastic=False),
+    "dpmpp_2m": Sampler(dpmpp_2m, steps=20, stochastic=False),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True),
+}

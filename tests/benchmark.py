@@ -40,7 +40,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src import devices, errors, flags
+from src.utils import devices, errors, flags
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]

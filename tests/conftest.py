@@ -22,9 +22,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from src import checkpoint, dataset, utils
+from src.data import datasets
+from src.utils import checkpoint, pictures
 
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests/images/fashion-mnist-tiny"  # the bundled images
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
@@ -107,7 +109,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A copy of the bundled images: extracted files must not land in the repository."""
-    return shutil.copytree(ROOT / "tests/data/fashion-mnist-tiny", tmp_path_factory.mktemp("data") / "tiny")
+    return shutil.copytree(TINY, tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +134,9 @@ def trained(data, tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture
 def quick(data, tmp_path, monkeypatch, one_thread) -> Callable[..., int]:
     """`quick(name, *flags)` is train.py in this process on 60 images, writing under tmp_path/name; its status."""
-    load = dataset.load
-    monkeypatch.setattr(dataset, "load", lambda *where: tuple(part[:60] for part in load(*where)))
-    monkeypatch.setattr(utils, "plot_losses", lambda *curves: None)  # slower than the training itself
+    load = datasets.load
+    monkeypatch.setattr(datasets, "load", lambda *where: tuple(part[:60] for part in load(*where)))
+    monkeypatch.setattr(pictures, "plot_losses", lambda *curves: None)  # slower than the training itself
 
     def run(name: str, *flags: object) -> int:
         return train.main(quick_arguments(data, tmp_path / name, *flags))

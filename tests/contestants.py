@@ -16,8 +16,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import config
 import train
-from src import dataset, devices, flags, inception
-from src.distributed import World
+from src.data import datasets
+from src.model import autocast
+from src.scores import inception
+from src.utils import devices, flags, settings
+from src.utils.distributed import World
 
 log = logging.getLogger("benchmark")
 
@@ -56,10 +59,10 @@ class Contestant:
 
 def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
     """train.py's own, with config.py's settings but for `changes`, on as many images as Fashion-MNIST has."""
-    args = flags.Parser(config, "", train.SETTINGS).parse_args([])
+    args = flags.Parser(config, "", settings.of_script("train")).parse_args([])
     vars(args).update(changes)
     data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
-    with mock.patch("src.dataset.load", return_value=data):
+    with mock.patch("src.data.datasets.load", return_value=data):
         return train.Trainer(args, World(devices.pick_device(args.device)))
 
 
@@ -72,7 +75,7 @@ def noise(*shape: int) -> Tensor:
 def batches(run: train.Trainer) -> Iterator[Tensor]:
     """The x0 (B,C,H,W) of a training, epoch after epoch."""
     for epoch in count():
-        drawn = dataset.batches(run.images, run.labels, run.args.batch_size, run.args.seed, epoch, run.device)
+        drawn = datasets.batches(run.images, run.labels, run.args.batch_size, run.args.seed, epoch)
         yield from (x0 for x0, _ in drawn)
 
 
@@ -80,7 +83,7 @@ def ours(name: str, run: train.Trainer) -> Contestant:
     """This repository: train.py's own step."""
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        with devices.autocast(run.device, run.precision):
+        with autocast(run.device, run.precision):
             return run.learner.model(x_t, t)
 
     def train_step(x0: Tensor) -> object:

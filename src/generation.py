@@ -1,0 +1,158 @@
+"""Generation: checkpoint → network, seed → noise, network and sampler → images; interpolation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.diffusion import Diffusion, Network
+from src.model import UNet, autocast
+from src.samplers import SAMPLERS
+
+
+def build(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[UNet, Diffusion]:
+    """A U-Net with random weights and its diffusion process, on `device`.
+
+    `settings` are those of a checkpoint: the constants of config.py with lower-case names, and "classes", the list of
+    class names, which is empty for an unconditional model.
+    """
+    s = settings
+    network = s["image_size"], s["channels"], s["unet_dim"], s["unet_dim_mults"], len(s["classes"])
+    process = s["time_steps"], s["schedule_type"], s["beta_start"], s["beta_end"], s["prediction"], s["loss_weight"]
+    unet, diffusion = UNet(*network, s["dropout"], s["encoder_attention"]), Diffusion(*process, device)
+    return unet.to(device).to(memory_format=torch.channels_last), diffusion
+
+
+def restore(state: dict[str, Any], device: torch.device | str = "cpu", weights: str = "ema") -> tuple[UNet, Diffusion]:
+    """The trained network, in evaluation mode, and the diffusion process of a checkpoint, on `device`.
+
+    `state` is what `src.utils.checkpoint.load` returns; `weights` is "ema" for the averaged weights, "model" for those
+    of the last step. Raises KeyError, RuntimeError or ValueError if they do not fit this version of the network.
+    """
+    unet, diffusion = build(state["settings"], device)
+    unet.load_state_dict(state[weights])
+    return unet.eval().requires_grad_(False), diffusion
+
+
+class ImageNoise:
+    """N(0, I) noise for the images `indices` of a seed, each of `shape` (C, H, W), with one random stream per image.
+
+    Stream i depends on (seed, i) alone, mixed by SeedSequence. So image i of a seed is the same in every batch, beside
+    any other images, and on every device: the numbers are drawn on the CPU.
+    """
+
+    def __init__(
+        self, seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.shape, self.device = shape, device
+        seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]) for i in indices]
+        self.streams = [torch.Generator().manual_seed(number) for number in seeds]
+
+    def __call__(self) -> Tensor:
+        """The next noise of every stream, (B, C, H, W) float32."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.streams]).to(self.device)
+
+
+class Generator:
+    """A network with a sampler, for generating images.
+
+    Args:
+        unet, diffusion: as returned by `restore`.
+        sampler: a name in SAMPLERS.
+        steps: sampling steps, at most T (else ValueError); 0 means the sampler's default, or T if that is less.
+        eta: noise of DDIM, from 0 (deterministic) to 1 (as DDPM); other samplers ignore it.
+        precision: of the network's arithmetic; the sampler computes in float32.
+        classes: the labels to generate in turn; empty for images without a class.
+        guidance_scale: of classifier-free guidance; 1 = conditional prediction only, 0 = unconditional.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        diffusion: Diffusion,
+        sampler: str = "dpmpp_2m_sde",
+        steps: int = 0,
+        eta: float = 0.0,
+        precision: torch.dtype = torch.float32,
+        classes: Sequence[int] = (),
+        guidance_scale: float = 1.0,
+    ) -> None:
+        self.unet, self.diffusion, self.precision = unet, diffusion, precision
+        self.sampler, self.classes, self.guidance_scale = sampler, classes, guidance_scale
+        self.shape = (unet.channels, unet.image_size, unet.image_size)
+        self.device = next(unet.parameters()).device
+        self.steps = steps or min(SAMPLERS[sampler].steps, diffusion.time_steps)
+        self.options = {"eta": eta} if sampler == "ddim" else {}
+        if self.steps > diffusion.time_steps:
+            raise ValueError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
+
+    def images(self, seed: int, indices: Sequence[int], on_step: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Generate one batch, the images `indices` of a seed, uint8 (B,C,H,W) on the CPU.
+
+        Image i does not depend on the rest of the batch, except for rounding: on a CPU in float32, a pixel may change
+        by one grey level. `on_step` is called with every x_t (B,C,H,W), the last of which is x_0.
+        """
+        draw = ImageNoise(seed, indices, self.shape, self.device)
+        return self._sample(draw(), draw, self.labels(indices), on_step)
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """The class of each of these images, (B,) int64: `classes` in turn. None without classes."""
+        if not self.classes:
+            return None
+        return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
+
+    def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
+        """Images from x_T on the arc between the noises of images 0 and 1 of a seed, uint8 (frames,C,H,W).
+
+        All have the first of `classes`. The sampler must be deterministic (else ValueError): then neighbouring frames
+        are similar, and with at most one class the first and last frame are images 0 and 1.
+        """
+        if SAMPLERS[self.sampler].stochastic or self.options.get("eta"):
+            raise ValueError("interpolation needs a deterministic sampler")
+        draw = ImageNoise(seed, range(2), self.shape, self.device)
+        first, last = draw()
+        noises = slerp(first, last, torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
+        return torch.cat([self._sample(x_T, draw, self.labels([0] * len(x_T))) for x_T in noises.split(batch_size)])
+
+    def _sample(
+        self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        for x_t in SAMPLERS[self.sampler].run(self.network(y), self.diffusion, x_T, draw, self.steps, **self.options):
+            if on_step is not None:
+                on_step(x_t)
+        return to_uint8(x_t).cpu()
+
+    def network(self, y: Tensor | None = None) -> Network:
+        """The U-Net as a function of x_t and t, with classifier-free guidance towards the classes y (B,)."""
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            with autocast(self.device, self.precision):
+                if y is None or self.guidance_scale == 1:
+                    return self.unet(x_t, t, y).float()  # (B, C, H, W)
+                no_class = torch.full_like(y, self.unet.no_class)
+                times = t if len(t) == 1 else torch.cat([t, t])
+                both = self.unet(torch.cat([x_t, x_t]), times, torch.cat([y, no_class])).float()  # (2B, C, H, W)
+            conditional, unconditional = both.chunk(2)
+            # Ho & Salimans 2022, eq. 6, with guidance_scale = 1 + w
+            return unconditional + self.guidance_scale * (conditional - unconditional)
+
+        return predict
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Spherical interpolation from a (weight 0) to b (weight 1), Shoemake 1985: (C,H,W), (F,) → (F,C,H,W).
+
+    High-dimensional Gaussian noise lies close to a sphere. Linear interpolation leaves it: halfway, the norm is only
+    0.7 times that of the noise on which the network was trained.
+    """
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    w = weights[:, None, None, None]
+    return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Round images in [-1, 1] to 256 grey levels, uint8 of the same shape."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,378 @@
+"""Evaluation of a model: generates images, scores them against the test images, and writes metrics.json and pictures.
+
+Images are generated once. Every scorer sees each batch of them and computes its scores at the end.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.data import datasets
+from src.data.folder import Images
+from src.diffusion import Diffusion
+from src.generation import Generator, restore
+from src.model import UNet
+from src.scores import classifier, copies, inception, likelihood, metrics, report
+from src.utils import checkpoint, devices, errors, flags, pictures
+from src.utils.distributed import World
+from src.utils.progress import progress
+
+log = logging.getLogger(__name__)
+
+MIN_ACCURACY = 0.8  # test accuracy below which the classifier's scores come with a warning
+BOUND_IMAGES = 1000  # test images whose bits per dimension are estimated
+BOUND_TIMES = 3  # timesteps per image in that estimate
+BOUND_BATCH = 50  # images per network evaluation in that estimate
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model and how it generates images.
+
+    Attributes:
+        file: path of the checkpoint, as the user gave it.
+        sha256: of the checkpoint.
+        settings: with which it was trained (lower-case names), and "classes", the names of its classes.
+        generator: with the averaged weights.
+    """
+
+    file: str
+    sha256: str
+    settings: dict[str, Any]
+    generator: Generator
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes that are generated in turn; empty for images without a class."""
+        return [self.settings["classes"][label] for label in self.generator.classes]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The extent of an evaluation.
+
+    Attributes:
+        num_samples: images to generate.
+        batch_size: of their generation.
+        seed: of the images, of random subsets in the scores, and of the likelihood estimate.
+        data_path: directory of the data set on which the model was trained.
+        inception_weights: file of Inception's weights; None downloads them once.
+        classifier_only: leave out Inception and bits per dimension, which take most of the time.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    data_path: str
+    inception_weights: str | None = None
+    classifier_only: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of an evaluation.
+
+    Attributes:
+        training, training_labels: the train split, in which copies are looked for.
+        test, test_labels: the test split.
+        reference: the test images with which generated images are compared: of the same classes, or all of them.
+        classes: the names of the labels; empty if the data set has no classes.
+    """
+
+    training: Images
+    training_labels: Tensor
+    test: Images
+    test_labels: Tensor
+    reference: Images
+    classes: tuple[str, ...]
+
+
+Scorer = metrics.Scores | classifier.ClassifierScores | copies.Neighbours
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The scorers of an evaluation.
+
+    Attributes:
+        inception: scores through Inception; None if it is left out.
+        classifier: scores through the classifier; None if the data set has no classes.
+        copies: distances to the training images.
+        networks: "extractor" and "classifier" → name and SHA-256 of the network in use, for the protocol.
+    """
+
+    inception: metrics.Scores | None
+    classifier: classifier.ClassifierScores | None
+    copies: copies.Neighbours
+    networks: dict[str, dict[str, Any]]
+
+    def all(self) -> list[Scorer]:
+        """Those that are in use."""
+        return [scorer for scorer in (self.inception, self.classifier, self.copies) if scorer is not None]
+
+
+def load_model(
+    file: str,
+    device: torch.device,
+    *,
+    sampler: str,
+    steps: int,
+    eta: float,
+    precision: str,
+    classes: Sequence[str],
+    guidance_scale: float,
+) -> Model:
+    """Load a checkpoint and prepare it for generating images.
+
+    Args:
+        file: path of the checkpoint.
+        device: of the network and of the images.
+        sampler, steps, eta, guidance_scale: as for `Generator`.
+        precision: "float32", "bfloat16" or "auto".
+        classes: names or numbers of the classes to generate in turn, or "all" alone; empty for images without a class.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the model has no such classes or too few timesteps.
+    """
+    path = Path(file)
+    state = checkpoint.load(path, "ema")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # at once: a training may replace the file meanwhile
+    with checkpoint.explained(path):
+        unet, diffusion = restore(state, device)
+    labels = flags.pick_classes(classes, state["settings"]["classes"])
+    dtype = devices.pick_precision(precision, device)
+    with errors.setting_errors():
+        generator = Generator(unet, diffusion, sampler, steps, eta, dtype, labels, guidance_scale)
+    return Model(file, sha256, state["settings"], generator)
+
+
+def folder_name(model: Model, options: Options) -> str:
+    """Name of the folder for the results, which differs wherever model, sampling or number of images do.
+
+    An example is best-31e22359-ddim-50-eta0.5-class-all-guidance1.5-n1000-seed0, where 31e22359 begins the SHA-256 of
+    the checkpoint. eta, classes and guidance are left out where they have no effect.
+    """
+    generator = model.generator
+    parts = [Path(model.file).stem, model.sha256[:8], generator.sampler, str(generator.steps)]
+    if eta := generator.options.get("eta"):
+        parts.append(f"eta{eta:g}")
+    if model.classes:
+        parts.append(f"class-{_classes_in_short(model.classes, model.settings['classes'])}")
+        if generator.guidance_scale != 1:
+            parts.append(f"guidance{generator.guidance_scale:g}")
+    parts += [f"n{options.num_samples}", f"seed{options.seed}"]
+    if options.classifier_only:
+        parts.append("classifier_only")
+    return "-".join(parts)
+
+
+def _classes_in_short(classes: Sequence[str], known: Sequence[str]) -> str:
+    if list(classes) == list(known):
+        return "all"
+    names = "+".join(classes)
+    if len(names) > 60:  # file systems limit a name to 255 bytes
+        return f"{len(classes)}-of-them-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^\w+.-]", "_", names)
+
+
+def run(model: Model, options: Options, directory: Path, world: World) -> None:
+    """Evaluate a model: write metrics.json, grid.png and neighbours.png to `directory`, print a table of the scores.
+
+    Processes share the generation of images and the work of the feature networks. The main process does the
+    rest and writes the results.
+
+    Raises:
+        UserError: the data set or Inception's weights cannot be had, or the results cannot be written.
+    """
+    generator = model.generator
+    machine = devices.describe_device(generator.device, generator.precision)
+    what = f"scoring {options.num_samples} images, {generator.sampler}, {generator.steps} steps"
+    log.info("%s on %s: %s", model.file, machine, what)
+
+    data = load_data(model, options, world)
+    scorers = world.main_first(lambda: make_scorers(data, options, world))  # the main process fills the caches
+    hashes = [model.sha256, *(network["weights_sha256"] for network in scorers.networks.values())]
+    world.agree(hashes, "the checkpoint or the feature networks")
+
+    start = time.perf_counter()
+    shown = generate(generator, options, scorers.all(), world)
+    seconds = time.perf_counter() - start
+    if not world.is_main:
+        return
+
+    scores = collect(scorers)
+    facts = protocol(model, options, len(data.reference), len(data.test)) | scorers.networks
+    if not options.classifier_only:
+        bound, extent = bits_per_dim(generator.unet, generator.diffusion, data.test, options.seed)
+        scores, facts = scores | bound, facts | extent
+    text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
+    with errors.writing(directory / "metrics.json"):
+        (directory / "metrics.json").write_text(text + "\n")
+    pictures.save_png(pictures.image_grid(shown), directory / "grid.png")
+    pictures.save_png(scorers.copies.picture(), directory / "neighbours.png")
+    print(report.table(scores, facts))
+    log.info("wrote metrics.json, grid.png and neighbours.png to %s", directory)
+
+
+def load_data(model: Model, options: Options, world: World) -> Data:
+    """Load both splits of the data set on which the model was trained, in the size and colours of the model.
+
+    Raises:
+        SettingError: images of certain classes are asked for, and the data set has other classes than the model.
+        UserError: the data set cannot be had.
+    """
+    settings, labels = model.settings, model.generator.classes
+    name, size, channels = settings["dataset"], settings["image_size"], settings["channels"]
+    # The main process loads first, since it may have to download the files that the others then find.
+    test, test_labels = world.main_first(lambda: datasets.load(name, options.data_path, "test", size, channels))
+    classes = datasets.classes(name, options.data_path)
+    if labels and classes != tuple(settings["classes"]):
+        raise errors.SettingError(f"--class: the classes in {options.data_path} are not those of the model")
+    reference = test[torch.isin(test_labels, torch.tensor(labels)).nonzero()[:, 0]] if labels else test
+    training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
+    return Data(training, training_labels, test, test_labels, reference, classes)
+
+
+def make_scorers(data: Data, options: Options, world: World) -> Scorers:
+    """Create the scorers. What each must know of real images is computed here or read from the cache."""
+    through_inception = through_classifier = None
+    networks: dict[str, dict[str, Any]] = {}
+    if not options.classifier_only:
+        extractor = inception.Extractor(inception.weights(options.inception_weights)).to(world.device)
+        reference = metrics.reference_features(data.reference, extractor)
+        through_inception = metrics.Scores(metrics.Divided(extractor, world), reference, options.seed)
+        networks["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
+    if len(data.classes) > 1:
+        network = classifier.trained(data.training, data.training_labels, len(data.classes), world.device)
+        reference = metrics.reference_features(data.reference, network)
+        divided = metrics.Divided(network, world)
+        through_classifier = classifier.ClassifierScores(divided, reference, data.classes, options.seed)
+        networks["classifier"] = {
+            "network": network.name,
+            "weights_sha256": network.sha256,
+            "test_accuracy": network.accuracy(data.test, data.test_labels),
+        }
+    return Scorers(through_inception, through_classifier, copies.Neighbours(data.training, data.test), networks)
+
+
+def generate(generator: Generator, options: Options, scorers: Sequence[Scorer], world: World) -> Tensor:
+    """Generate images and show each batch to all scorers; return the first images, for the grid.
+
+    Returns:
+        (N, C, H, W) uint8, N at most GRID_IMAGES. No other images are kept here.
+    """
+    shown, count = torch.empty(0, *generator.shape, dtype=torch.uint8), 0
+    with progress(log, total=options.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
+
+        def on_step(x_t: Tensor) -> None:
+            bar.update(len(x_t) * world.size / generator.steps)
+
+        def images(indices: Sequence[int]) -> Tensor:
+            return generator.images(options.seed, indices, on_step)
+
+        for batch in world.divide(images, options.num_samples, options.batch_size):
+            labels = generator.labels(range(count, count + len(batch)))
+            for scorer in scorers:
+                scorer.update(batch, labels)
+            count += len(batch)
+            shown = torch.cat([shown, batch])[: pictures.GRID_IMAGES]
+    return shown
+
+
+def collect(scorers: Scorers) -> dict[str, Any]:
+    """Compute all scores, under their names in metrics.json, and "notes", a list of sentences on their limits."""
+    scores: dict[str, Any] = {}
+    notes: list[str] = []
+    for scorer in scorers.all():
+        computed = scorer.compute()
+        notes += computed["notes"]
+        scores |= {name: value for name, value in computed.items() if name != "notes"}
+    if scorers.classifier is None:
+        scores |= dict.fromkeys(classifier.SCORES)
+        notes.append("There is no classifier: the data set has no classes to tell apart.")
+    elif scorers.networks["classifier"]["test_accuracy"] < MIN_ACCURACY:
+        notes.append(
+            f"The classifier's accuracy on the test images is below {MIN_ACCURACY:.0%}: its scores are unreliable."
+        )
+    return scores | {"notes": notes}
+
+
+def bits_per_dim(
+    unet: UNet, diffusion: Diffusion, test: Images, seed: int
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Estimate the variational bound of the first test images, and say how.
+
+    Returns:
+        The scores `bits_per_dim` and its standard error `bits_per_dim_error`; and the protocol's entry `bits_per_dim`.
+    """
+    images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
+    with progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
+        bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], seed, times, BOUND_BATCH, bar.update)
+    extent = {
+        "images": images,
+        "timesteps_of_each": times,
+        "network": "float32, unconditional; padding pixels included",
+    }
+    return {"bits_per_dim": bits, "bits_per_dim_error": error}, {"bits_per_dim": extent}
+
+
+def protocol(model: Model, options: Options, reference_count: int, test_count: int) -> dict[str, Any]:
+    """Everything needed to reproduce the scores, except for the feature networks.
+
+    Args:
+        model, options: of the evaluation.
+        reference_count: test images with which generated images are compared.
+        test_count: all test images.
+    """
+    generator, count = model.generator, options.num_samples
+    return {
+        "checkpoint": {"file": model.file, "sha256": model.sha256, "weights": "ema"},
+        "generated": {
+            "images": count,
+            "sampler": generator.sampler,
+            "steps": generator.steps,
+            **generator.options,
+            "classes": model.classes,
+            "guidance_scale": generator.guidance_scale,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "precision": str(generator.precision).removeprefix("torch."),
+        },
+        "reference": {
+            "dataset": model.settings["dataset"],
+            "split": "test",
+            "images": reference_count,
+            "classes": model.classes,
+        },
+        "kernel_distance": {
+            "subsets": metrics.KID_SUBSETS,
+            "subset_size": min(metrics.KID_SUBSET_SIZE, count, reference_count),
+        },
+        "precision_and_recall": {
+            "k": metrics.MANIFOLD_K,
+            "images": "the first n of each set; n is the size of the smaller one",
+            "images_of_each": min(count, reference_count),
+        },
+        "nearest": {
+            "distance": "Euclidean, pixels in [0, 1]",
+            "training_images": "all of the train split",
+            "test_images": min(copies.TEST_IMAGES, test_count),
+            "flagged_below_quantile": copies.RARE,
+        },
+        "device": devices.describe_device(generator.device, generator.precision),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "torch", "torchvision", "torchmetrics", "torch-fidelity")},
+        },
+    }

@@ -1,0 +1,76 @@
+"""Cache on disk for results that take minutes to compute: features of the test images, a trained classifier."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from src.utils import checkpoint
+from src.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class TensorLike(Protocol):
+    """The part of a tensor's interface that `key` uses. Images in files have it, too."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Sizes of all dimensions."""
+
+    def split(self, size: int, /) -> Iterable[Tensor]:
+        """All rows in order, `size` at a time; fewer in the last part."""
+
+
+def folder() -> Path:
+    """The default directory of the cache, within that of torch.hub, which the variable TORCH_HOME sets."""
+    return Path(torch.hub.get_dir()) / "simple-ddpm"
+
+
+def key(recipe: str, *tensors: TensorLike) -> str:
+    """Hash a description of a computation and its input tensors to a key (SHA-256, hexadecimal)."""
+    digest = hashlib.sha256(recipe.encode())
+    for tensor in tensors:
+        digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # In parts, because images may be in files that are larger than memory.
+        for part in [tensor] if isinstance(tensor, Tensor) and not tensor.ndim else tensor.split(1024):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def recall(name: str, key: str, make: Callable[[], dict[str, Any]], place: Path | None = None) -> dict[str, Any]:
+    """Return the cached value of `key`, or compute and store it.
+
+    The value is computed again if its file is damaged or belongs to another key. If the file cannot be written, a
+    warning is logged.
+
+    Args:
+        name: start of the file name, in lower case with hyphens.
+        key: as returned by the function `key`.
+        make: computes the value, a dictionary of tensors, numbers and strings.
+        place: directory of the cache; None means `folder()`.
+    """
+    file = (place or folder()) / f"{name}-{key[:16]}.pt"
+    if file.exists():
+        try:
+            state = checkpoint.load(file)
+            if state.get("key") == key:
+                return state["content"]
+            log.warning("%s belongs to something else; what belongs there is computed again", file)
+        except UserError as error:
+            log.warning("%s; it is computed again", error)
+    content = make()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(file, {"key": key, "content": content})
+    except (OSError, UserError) as error:
+        log.warning("%s; the next run has to compute it again", error)
+    return content

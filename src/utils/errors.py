@@ -1,0 +1,155 @@
+"""Errors that the user can fix, and their one-line messages."""
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """An error that the user can fix. The message says in one line what is wrong and what to do."""
+
+    status = 1  # exit status of the script
+
+
+class SettingError(UserError):
+    """A setting has a value that is not allowed, or that does not fit the data, the machine or the checkpoint."""
+
+    status = 2
+
+
+class WriteError(UserError):
+    """A result file cannot be written."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context that writes the file `path`: an OSError becomes a WriteError, whose message names the file."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise WriteError(f"cannot write {path} ({why}): free space or choose another place") from error
+
+
+@contextlib.contextmanager
+def setting_errors() -> Iterator[None]:
+    """Context in which a ValueError becomes a SettingError, for functions of the core that check their arguments."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+
+
+# Operating-system errors that the user can fix by freeing space or choosing another directory. Any other OSError that
+# is not handled where it occurs, such as a missing file, is a bug of this program and keeps its traceback.
+PLACE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # disk full, quota exceeded, file too large
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # no permission to write
+    *(errno.EIO, errno.ESTALE),  # defective disk, lost network drive
+    errno.EPIPE,  # the reader of stdout has gone
+}
+
+
+def explain_imports(script: str) -> None:
+    """Print errors during the heavy imports, before `run` is called, in one line: missing packages and Ctrl-C."""
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            print(f"{script}: error: {_no_package(error)}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"{script}: error: interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = explain
+
+
+def run(main: Callable[[], int], script: str, quiet: bool) -> None:
+    """Call `main` and exit with its status. Errors that the user can fix are printed to stderr in one line.
+
+    Any other exception is a bug of this program and keeps its traceback.
+
+    Args:
+        main: returns the exit status.
+        script: name of the script, with which the line begins.
+        quiet: log only warnings and errors.
+    """
+    logging.raiseExceptions = False  # a closed stdout, as in `train.py | head`, must not end a training
+    threading.excepthook = _mute_tensorboard
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        status = main()
+    except UserError as error:
+        message, status = str(error), error.status
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        message, status = f"{error}; free space or choose another place", 1
+    except ModuleNotFoundError as error:
+        message, status = _no_package(error), 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (MemoryError, RuntimeError) as error:
+        status = 1
+        if _lacks_memory(error):
+            message = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})"
+        elif _lost_a_process(error):
+            message = f"another process of this run has gone: its own message says why ({_first_line(error)})"
+        else:
+            raise
+    else:
+        _leave(status)
+    print(f"{script}: error: {message}", file=sys.stderr)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit; if there are several processes, without shutting down the interpreter.
+
+    The communication threads of torch.distributed outlive the process group. If such a thread releases its last tensor
+    while the interpreter shuts down, it aborts the process (pytorch/pytorch pull request 179291), and a complete run
+    would count as failed.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the reader has gone
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _mute_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback of an error in TensorBoard's writing thread, which is raised again in the main thread."""
+    if type(args.thread).__module__.partition(".")[0] != "tensorboard":
+        threading.__excepthook__(args)
+
+
+def _no_package(error: ModuleNotFoundError) -> str:
+    return f"no package {error.name}: run pip install -r requirements.txt"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error means that the memory of the CPU or of an accelerator is exhausted."""
+    # torch's errors are recognised by name or text, so that this module need not import torch.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "backend out of memory" in str(error)  # RuntimeError of Apple's GPUs
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _lost_a_process(error: Exception) -> bool:
+    """Whether an error of the communication libraries means that another process has ended."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,179 @@
+"""Command-line flags made from the constants of config.py.
+
+The annotation of a constant is the type of its flag, and the comment beside it is the help text. The rules for the
+values are in settings.py. This module imports no heavy package, so that --help and mistakes are answered at once.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, get_type_hints
+
+from src.utils import settings
+from src.utils.errors import SettingError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose flags are settings, and whose errors take one line.
+
+    Args:
+        config: the module with the constants.
+        description: the first lines of the help text.
+        settings_names: the constants that become flags.
+        defaults: values that replace those of constants in one script.
+    """
+
+    def __init__(self, config: ModuleType, description: str, settings_names: Iterable[str], **defaults: Any) -> None:
+        # With argparse's own defaults suppressed, it returns the given flags only, even those that equal a default.
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.config = config
+        self.defaults: dict[str, Any] = {}  # flag → value if it is not given
+        self.run_defaults = {"checkpoint_path": "checkpoints", "output_path": "outputs", "log_path": "logs"}  # in DIR
+        self.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and results")
+        comments, types = comments_of(config), get_type_hints(config)
+        for name in settings_names:
+            value = defaults.get(name, getattr(config, name))
+            kind = types.get(name, type(value))
+            options = {"type": kind, "metavar": getattr(kind, "__name__", None)}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind == list[int]:
+                options = {"type": int, "metavar": "int", "nargs": "+"}
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            meaning = comments.get(name, "") + _choices(name)
+            self.add_argument(f"--{name.lower()}", help=f"{meaning} (default: {shown})", **options)
+            self.defaults[name.lower()] = value
+
+    def add_argument(self, *names: str, default: Any = None, **options: Any) -> argparse.Action:
+        """Add a flag as argparse does, but leave its default to `parse_args`; the default of a switch is False."""
+        if "help" in options:
+            options["help"] = options["help"].replace("%(default)s", str(default))
+        action = super().add_argument(*names, **options)
+        if action.dest != "help":
+            self.defaults[action.dest] = False if options.get("action") == "store_true" else default
+        return action
+
+    def add_run(self) -> None:
+        """Add --run, the directory that holds the checkpoints, outputs and logs of one training run."""
+        self.add_argument(
+            "--run",
+            type=_not_empty,
+            metavar="DIR",
+            help="directory of one training run: the default paths become DIR/checkpoints, DIR/outputs and DIR/logs; "
+            "paths that are given as flags take precedence",
+        )
+
+    def add_model_flags(self, folder: str) -> None:
+        """Add the flags of a script that uses a trained model: --run, --checkpoint, --class and --output_dir.
+
+        --class is stored as `classes`, a list of names, or of numbers as text. The results go to OUTPUT_PATH/`folder`
+        by default.
+        """
+        self.add_run()
+        self.add_argument(
+            "--checkpoint",
+            type=_not_empty,
+            default=f"{self.config.CHECKPOINT_PATH}/best.pth",
+            metavar="FILE",
+            help="checkpoint of the trained model, which includes its settings (default: %(default)s)",
+        )
+        self.add_argument(
+            "--class",
+            dest="classes",
+            nargs="+",
+            default=[],
+            metavar="CLASS",
+            help="classes to generate in turn, by name or number, or all; sample.py makes equally many images of each "
+            "(default: no class)",
+        )
+        self.add_argument(
+            "--output_dir",
+            type=_not_empty,
+            default=f"{self.config.OUTPUT_PATH}/{folder}",
+            metavar="DIR",
+            help="directory of the results (default: %(default)s)",
+        )
+        self.run_defaults |= {"checkpoint": "checkpoints/best.pth", "output_dir": f"outputs/{folder}"}
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]  # one signature
+        """Parse the command line and check all settings; wrong ones are reported together, with exit status 2.
+
+        Returns:
+            The value of every flag, and as `given` the sorted names of the flags that were on the command line.
+        """
+        given = vars(super().parse_args(*args, **kwargs))
+        values = self.defaults | given
+        if "dataset" in values:  # other defaults depend on it
+            values |= settings.defaults_for(self.config, values["dataset"])
+        if run := given.get("run"):
+            values |= {name: f"{run}/{place}" for name, place in self.run_defaults.items() if name in values}
+        values |= given
+        if sentences := settings.problems(self.config, values, given.keys()):
+            self.error("; ".join(sentences))
+        return argparse.Namespace(**values, given=sorted(given))
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line, which suggests a similar flag for an unknown one."""
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        meant = difflib.get_close_matches("".join(unknown[:1]), re.findall(r"--\w+", self.format_usage()), 1)
+        message += "".join(f"; did you mean {flag}?" for flag in meant)
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def comments_of(config: ModuleType) -> dict[str, str]:
+    """The comment beside each constant, read from the module's source, with % doubled for argparse."""
+    text = Path(str(config.__file__)).read_text(encoding="utf-8")
+    lines = re.findall(r"^([A-Z0-9_]+)\b.+? +# (.+)$", text, re.MULTILINE)
+    return {name: comment.replace("%", "%%") for name, comment in lines}
+
+
+def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Convert the classes given as --class to labels.
+
+    Args:
+        asked: names, or numbers as text; or "all" alone, which stands for all classes in order.
+        known: the name of each class of the model; empty for an unconditional model.
+
+    Raises:
+        SettingError: a class is unknown, or the model is unconditional.
+    """
+    if asked and not known:
+        raise SettingError("--class is for models that were trained with classes: this one was told none")
+    if list(asked) == ["all"]:
+        return list(range(len(known)))
+    labels = {str(label): label for label in range(len(known))} | {_plain(name): i for i, name in enumerate(known)}
+    labels |= {name: label for label, name in enumerate(known)}  # the exact spelling comes before any other
+    picked = []
+    for name in asked:
+        label = labels.get(name, labels.get(_plain(name)))
+        if label is None:
+            choice = f"choose from {', '.join(known)} or their numbers, or give all and nothing else"
+            raise SettingError(f"--class {name} is unknown: {choice}")
+        picked.append(label)
+    return picked
+
+
+def _plain(name: str) -> str:
+    """A class name in lower case, with hyphens for spaces and underscores."""
+    return name.lower().replace(" ", "-").replace("_", "-")
+
+
+def _choices(name: str) -> str:
+    """The allowed values of a setting as the end of its help text; empty if they are not listed in settings.py."""
+    if name == "SAMPLER":
+        samplers = (
+            f"{sampler} ({about['steps']} steps, {'stochastic' if about['stochastic'] else 'deterministic'})"
+            for sampler, about in settings.SAMPLERS.items()
+        )
+        return f": {', '.join(samplers)}"
+    choices = settings.SETTINGS[name].choices if name in settings.SETTINGS else ()
+    return f"; one of {', '.join(choices)}" if choices else ""
+
+
+def _not_empty(path: str) -> str:
+    if not path:
+        raise argparse.ArgumentTypeError("is '', but must be a path")
+    return path

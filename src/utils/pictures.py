@@ -1,0 +1,121 @@
+"""Pictures: grids, PNG and GIF files, and the plot of the losses."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from src.utils.errors import writing
+
+GRID_IMAGES = 64  # most images in the grid of sample.py and of eval.py, 8 × 8
+CLASS_COLUMNS = 10  # most images per class in a grid with one row per class
+
+
+def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Tile images (N,C,H,W) uint8 row by row into one picture (C,H',W'), by default as square as possible.
+
+    Gaps and the empty cells of the last row are black.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    padding = (gap // 2, gap - gap // 2) * 2 + (0, 0, 0, rows * columns - len(images))
+    return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
+
+
+def class_grid(images: Tensor, names: Sequence[str], gap: int = 2) -> Tensor:
+    """Tile images (N,C,H,W) uint8 of K classes in turn into a picture (C,H',W') with one labelled row per class."""
+    height = images.shape[2] + gap
+    font = ImageFont.load_default(12)
+    width = math.ceil(max(font.getlength(name) for name in names)) + 8
+    labels = Image.new("L", (width, height * len(names)))
+    for row, name in enumerate(names):
+        ImageDraw.Draw(labels).text((4, height * row + height // 2), name, fill=255, font=font, anchor="lm")
+    rows = rearrange(images, "(column row) c h w -> (row column) c h w", row=len(names))
+    picture = image_grid(rows, columns=len(images) // len(names), gap=gap)  # (C, H', columns · W)
+    strip = torch.from_numpy(np.array(labels)).expand(len(picture), -1, -1)  # (C, H', width)
+    return torch.cat([strip, picture], dim=2)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Convert (C,H,W) uint8 to a Pillow image: mode L for one channel, RGB for three."""
+    array = image.cpu().numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(rearrange(array, "c h w -> h w c")))
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write (C,H,W) uint8 as an 8-bit PNG, grayscale for one channel, RGB for three."""
+    with writing(path):
+        to_pil(image).save(path)
+
+
+class Gallery:
+    """Writes generated images as they come: each to a PNG file, and the first of them to a grid.
+
+    Args:
+        directory: of the files.
+        names: of the classes that the images have in turn; empty for images without a class.
+        share: (rank, size): of several processes, this one writes every image whose number is rank modulo size.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str] = (), share: tuple[int, int] = (0, 1)) -> None:
+        self.directory, self.names, self.share = directory, names, share
+        self.most = len(names) * CLASS_COLUMNS if len(names) > 1 else GRID_IMAGES
+        self.earlier = {path: path.stat().st_mtime_ns for path in directory.glob("sample_*.png")}
+        self.count = 0
+        self.shown: list[Tensor] = []  # images of the grid; no others are kept
+
+    def add(self, images: Tensor) -> None:
+        """Write a batch (B,C,H,W) uint8 to sample_00000.png and so on, with the name of the class if there are any."""
+        rank, size = self.share
+        for image in images:
+            name = f"_{self.names[self.count % len(self.names)]}" if self.names else ""
+            if self.count % size == rank:
+                save_png(image, self.directory / f"sample_{self.count:05d}{name}.png")
+            if self.count < self.most:
+                self.shown.append(image.clone())  # a view would keep the whole batch in memory
+            self.count += 1
+
+    def left_over(self) -> int:
+        """How many images of an earlier run are still in the directory, not overwritten by this one."""
+        return sum(path.stat().st_mtime_ns == written for path, written in self.earlier.items())
+
+    def grid(self) -> Tensor:
+        """The first images as one picture (C,H',W'), with one row per class if there are several."""
+        shown = torch.stack(self.shown)
+        return class_grid(shown, self.names) if len(self.names) > 1 else image_grid(shown)
+
+
+def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:
+    """Write pictures (C,H,W) uint8 as a looping GIF of `seconds`, whose last frame is shown for `hold` seconds."""
+    durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * hold)]
+    first, *rest = map(to_pil, frames)
+    with writing(path):
+        # optimize=True would shift grey levels in frames that use all 256 of them.
+        first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
+
+
+def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Plot the losses of each epoch, from epoch 1, to a PNG; `history` holds those of "train" and "val"."""
+    # Imported here because it takes a second. Figure needs no display and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    train, validation = history["train"], history["val"]
+    epochs = range(1, len(train) + 1)
+    marker = "o" if len(train) < 30 else None
+    axes.plot(epochs, train, marker=marker, label="training: mean over the epoch")
+    axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights")
+    axes.set(xlabel="epoch", ylabel="mean squared error of the prediction", yscale="log")
+    axes.locator_params(axis="x", integer=True)
+    if len(train) == 1:
+        axes.set_xlim(0, 2)  # a single point gives no range for the ticks
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    with writing(path):
+        figure.savefig(path, dpi=120)

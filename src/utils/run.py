@@ -1,0 +1,136 @@
+"""The checkpoints of one training run: what they hold, when latest.pth is due, and how a run goes on from one."""
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from src.utils import checkpoint, fine_tuning, settings
+from src.utils.distributed import World
+from src.utils.errors import SettingError, UserError
+
+log = logging.getLogger("train")
+
+WEIGHTS_ONLY = ("settings", "init_from", "epoch", "step", "ema")  # what weights.pth holds of a state
+
+
+class Learner(Protocol):
+    """What is trained; `src.training.Learner` is one."""
+
+    model: Any  # the network
+    ema: Any  # its `model` has the averaged weights
+    epoch: int
+    steps: int
+
+    def synchronize(self) -> None:
+        """Raise if the state must not be saved."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that further steps depend on."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+
+class Run:
+    """Writes and reads the checkpoints of a run in CHECKPOINT_PATH.
+
+    Args:
+        args: of train.py.
+        learner: what is trained.
+        world: the processes; only the main one writes.
+        values: the settings that rebuild the network and that a resumed run must repeat, with "classes".
+        data: fingerprint of the training images.
+        precision: of the network's arithmetic, since PRECISION may be auto.
+
+    Attributes:
+        save_due: when latest.pth is to be written next, within an epoch, too; as `time.monotonic()`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        learner: Learner,
+        world: World,
+        values: Mapping[str, Any],
+        data: str,
+        precision: str,
+    ) -> None:
+        self.args, self.learner, self.world = args, learner, world
+        self.values, self.data, self.precision = values, data, precision
+        self.init_from: dict[str, str] | None = None  # the file that the run started from, and its SHA-256
+        self.save_due = time.monotonic() + 60 * args.save_minutes
+
+    def save(self, name: str) -> Path:
+        """Write the state of the run, or for weights.pth what sampling needs of it, to CHECKPOINT_PATH/name."""
+        path = Path(self.args.checkpoint_path) / name
+        self.learner.synchronize()  # in every process: if one alone raised, the others would wait for it
+        if self.world.is_main:
+            state = {
+                "settings": {name: value for name, value in self.values.items() if "path" not in name},
+                "data": self.data,
+                "init_from": self.init_from,
+                "precision": self.precision,
+                **self.learner.state(),
+            }
+            kept = WEIGHTS_ONLY if name == "weights.pth" else state
+            checkpoint.save(path, {key: state[key] for key in kept})
+        if name == "latest.pth":
+            self.save_due = time.monotonic() + 60 * self.args.save_minutes
+        return path
+
+    def start_from(self, path: Path) -> None:
+        """Start from the averaged weights in checkpoint `path`; raises as `fine_tuning.initialise` does."""
+        model = self.learner.model
+        sha256 = fine_tuning.initialise(model, self.values, path, self.args.ignore_mismatched_sizes)
+        self.world.agree(sha256, str(path))
+        self.learner.ema.model.load_state_dict(model.state_dict())
+        self.init_from = {"file": path.name, "sha256": sha256}
+        log.info("starting from the averaged weights of %s", path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from checkpoint `path`.
+
+        Raises:
+            UserError: the file cannot be read, or holds weights only.
+            SettingError: it was trained with other settings, images or classes, or from other weights.
+        """
+        state = checkpoint.load(path)
+        self._check(path, state)
+        self.init_from = state.get("init_from")
+        with checkpoint.explained(path):
+            self.learner.load(state)
+        learner = self.learner
+        log.info("RESUMING %s: %d of %d epochs done, step %d", path, learner.epoch, self.args.epochs, learner.steps)
+
+    def _check(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Compare the content of a checkpoint with this run, and warn of the changes that are allowed."""
+        args = self.args
+        if "model" not in saved or "optimizer" not in saved:
+            raise UserError(f"{path} holds no training to resume: move it away, or give another --checkpoint_path")
+        before = saved["settings"]
+        refused, noted = settings.changes(before, {k: v for k, v in self.values.items() if k != "classes"})
+        if refused:
+            raise SettingError(
+                f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "
+                "other paths (--run DIR, or --checkpoint_path, --output_path, --log_path)"
+            )
+        start = saved.get("init_from") or {}
+        if args.init_from and Path(args.init_from).name != start.get("file"):
+            raise SettingError(
+                f"{path} cannot be resumed with --init_from {args.init_from}: it did not start from that file. "
+                "Leave the flag out to go on, or start a new run with other paths"
+            )
+        for change in noted:
+            log.warning("from here on, %s", change)
+        if saved.get("data") != self.data or before.get("classes") != self.values["classes"]:
+            raise SettingError(
+                f"{path} cannot be resumed: the images or classes in {args.data_path} are not those that it was "
+                "trained on. Bring them back, or use other paths for a new run"
+            )
+        if (precision := saved.get("precision", self.precision)) != self.precision:
+            log.warning("from here on, the network computes in %s, not in %s as before", self.precision, precision)
+        if args.lr_decay and before["epochs"] != args.epochs:
+            log.warning("from here on, the learning rate is that of a training of %d epochs", args.epochs)

@@ -1,0 +1,423 @@
+"""A directory of the user's own images: real pictures, written in common file formats."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, NETWORK, arguments, differences, run_script
+from PIL import Image
+
+import train
+from src.data import datasets, folder
+from src.data.datasets import batches, classes, in_order, load
+from src.data.folder import ImageFiles, decode
+from src.diffusion import Diffusion
+from src.model import UNet
+from src.scores import copies
+from src.training import Learner, validation_loss
+from src.utils import cache, checkpoint
+from src.utils.distributed import World
+from src.utils.errors import SettingError, UserError
+
+# Two workers even on one processor: the order must not depend on which of them finishes first.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")
+
+CPU = torch.device("cpu")
+HUES = [(np.array(rgb) / 255) for rgb in ((230, 60, 60), (60, 200, 60), (70, 90, 240), (240, 220, 60), (200, 80, 220))]
+
+
+def save(path: Path, array: np.ndarray, **options) -> Path:
+    """Write pixels (H, W) or (H, W, C) in the format of the path's suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clothes(data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The bundled images (N, 1, 28, 28) and labels (N,), by split."""
+    return {split: load("fashion-mnist-tiny", data, split, 28) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def coloured(clothes, tmp_path_factory) -> Path:
+    """A directory of 120 real pictures, 40 × 48 pixels, tinted by class: class/*.png or, every other class, *.jpg."""
+    root = tmp_path_factory.mktemp("coloured")
+    images, labels = clothes["train"]
+    for number in (labels < len(HUES)).nonzero().flatten()[:120].tolist():
+        label = labels[number].item()
+        grey = Image.fromarray(images[number, 0].numpy()).resize((40, 48), Image.Resampling.BICUBIC)
+        name = f"{number:05d}.{'jpg' if label % 2 else 'png'}"
+        save(root / datasets.ITEMS[label] / name, np.asarray(grey)[:, :, None] * HUES[label], quality=95)
+    return root
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Always decode images as needed, and in two worker processes."""
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(folder, "FEW", 0)
+    monkeypatch.setattr(folder, "_processors", lambda: 2)
+
+
+# ---- one image -------------------------------------------------------------------------------------------
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["a.png", "A.PNG", "a.bmp", "a.webp"])
+def test_exact_pixels_of_lossless_files_of_the_right_size(name, tmp_path):
+    x = decode(save(tmp_path / name, PICTURE, lossless=True), 32, 3)
+    assert (x.dtype, x.shape, x.is_contiguous()) == (torch.uint8, (3, 32, 32), True)
+    np.testing.assert_array_equal(x.permute(1, 2, 0), PICTURE)
+
+
+def test_grayscale_and_colour_are_made_of_each_other(tmp_path):
+    grey = save(tmp_path / "grey.png", PICTURE[:, :, 0])
+    assert torch.equal(decode(grey, 32, 1)[0], torch.from_numpy(PICTURE[:, :, 0].copy()))
+    assert torch.equal(decode(grey, 32, 3), decode(grey, 32, 1).expand(3, -1, -1))
+    luma = decode(save(tmp_path / "colour.png", PICTURE), 32, 1)[0]
+    np.testing.assert_allclose(luma, PICTURE @ [0.299, 0.587, 0.114], atol=1)  # ITU-R 601
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 40), (40, 48), (20, 64), (100, 33)])
+def test_the_middle_is_kept_and_resized(height, width, tmp_path):
+    ramp = np.zeros((height, width, 3))
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)
+    x = decode(save(tmp_path / "ramp.png", ramp), 16, 3).double()
+    side, middle = min(height, width), 127.5
+    for axis, length in ((0, height), (1, width)):
+        values = x[axis].mean(1 - axis)  # (16,)
+        assert abs(values.mean() - middle) < 1  # the same width is cut off on either side
+        expected = 255 / (length - 1) * side * 15 / 16  # between the centres of the first and the last pixel
+        assert abs(values[-1] - values[0] - expected) < 3
+
+
+def test_jpeg_is_as_pillow_reads_it(tmp_path):
+    path = save(tmp_path / "a.jpeg", PICTURE)
+    np.testing.assert_array_equal(decode(path, 32, 3).permute(1, 2, 0), np.asarray(Image.open(path)))
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken in portrait format: to be rotated by 90° clockwise
+    path = save(tmp_path / "a.png", PICTURE, exif=exif)
+    np.testing.assert_array_equal(decode(path, 32, 3).permute(1, 2, 0), np.rot90(PICTURE, -1))
+
+
+def test_what_is_transparent_shows_white(tmp_path):
+    alpha = np.full((32, 32, 1), 255, np.uint8)
+    alpha[:, 16:] = 0
+    x = decode(save(tmp_path / "rgba.png", np.concatenate([PICTURE, alpha], 2)), 32, 3).permute(1, 2, 0)
+    np.testing.assert_array_equal(x[:, :16], PICTURE[:, :16])
+    assert (x[:, 16:] == 255).all()
+    (palette := Image.new("P", (32, 32), 3)).putpalette([10, 20, 30] * 4)
+    palette.save(tmp_path / "palette.png", transparency=3)
+    assert (decode(tmp_path / "palette.png", 32, 1) == 255).all()
+    palette.save(tmp_path / "opaque.png")
+    assert decode(tmp_path / "opaque.png", 32, 3)[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_sixteen_bits_and_one(tmp_path):
+    Image.fromarray(PICTURE[:, :, 0].astype(np.uint16) * 256 + 99).save(tmp_path / "16.png")
+    np.testing.assert_array_equal(decode(tmp_path / "16.png", 32, 1)[0], PICTURE[:, :, 0])
+    Image.new("1", (32, 32), 1).save(tmp_path / "1.png")
+    assert (decode(tmp_path / "1.png", 32, 3) == 255).all()
+    Image.new("CMYK", (32, 32)).save(tmp_path / "cmyk.jpg")
+    assert decode(tmp_path / "cmyk.jpg", 32, 3).min() > 250  # no ink
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut png", "cut jpg", "altered"])
+def test_a_file_that_cannot_be_read_is_named(damage, tmp_path):
+    path = save(tmp_path / f"a.{damage[-3:] if 'cut' in damage else 'png'}", np.tile(PICTURE, (9, 9, 1)))
+    data = path.read_bytes()
+    altered = data[:99] + bytes(900) + data[999:]
+    path.write_bytes({"empty": b"", "text": b"<html>", "altered": altered}.get(damage, data[: len(data) // 2]))
+    with pytest.raises(UserError, match=rf"^cannot read the image {re.escape(str(path))} \(.+\): repair it") as caught:
+        decode(path, 32, 3)
+    assert "\n" not in str(caught.value)
+
+
+# ---- a directory of images ---------------------------------------------------------------------------------
+
+
+def names(root: Path, split: str) -> list[str]:
+    return sorted(str(Path(path).relative_to(root)) for path in folder.find(root, split)[0])
+
+
+def test_classes_are_the_first_folders(tmp_path):
+    for i in range(20):
+        save(tmp_path / ("dog" if i % 2 else "cat/black") / f"{i:02d}.png", PICTURE)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cat/notes.txt").write_text("no image")
+    save(tmp_path / ".thumbnails/x.png", PICTURE)
+    save(tmp_path / "dog/._01.png", PICTURE)
+    assert classes("folder", tmp_path) == ("cat", "dog")
+    for split, count in (("train", 18), ("test", 2)):
+        paths, labels, _ = folder.find(tmp_path, split)
+        assert [("cat", "dog")[y] for y in labels] == [Path(path).relative_to(tmp_path).parts[0] for path in paths]
+        assert len(paths) == count
+        assert labels.dtype == torch.int64
+    assert names(tmp_path, "test") == ["cat/black/00.png", "dog/01.png"]  # the 1st and the 11th of all
+    assert not set(names(tmp_path, "test")) & set(names(tmp_path, "train"))
+
+
+def test_without_folders_there_are_no_classes(tmp_path):
+    for i in range(11):
+        save(tmp_path / f"{i:02d}.png", PICTURE)
+    assert classes("folder", str(tmp_path)) == ()
+    assert folder.find(tmp_path, "train")[1].tolist() == [0] * 9
+    assert names(tmp_path, "test") == ["00.png", "10.png"]
+
+
+def test_folders_called_train_and_test_are_the_splits(tmp_path):
+    for split, count in (("train", 12), ("test", 3), ("val", 4)):
+        for i in range(count):
+            save(tmp_path / split / "ab"[i % 2] / f"{i}.png", PICTURE)
+    assert classes("folder", tmp_path) == ("a", "b")
+    assert names(tmp_path, "test") == ["test/a/0.png", "test/a/2.png", "test/b/1.png"]
+    assert len(names(tmp_path, "train")) == 12
+    assert sorted(folder.find(tmp_path, "test")[1].tolist()) == [0, 0, 1]
+
+
+def test_held_out_images_are_of_every_class(coloured):
+    """Training holds out the last images: sorted by path, these would all be of one class."""
+    labels = load("folder", coloured, "train", 16)[1]
+    assert len(set(labels[-40:].tolist())) == len(HUES)
+    first, again = folder.find(coloured, "train"), folder.find(coloured, "train")
+    assert (first[0], first[2]) == (again[0], again[2]) and torch.equal(first[1], again[1])
+
+
+def broken(root: Path, case: str) -> None:
+    """Make `root` unusable as a directory of images."""
+    if case == "file":
+        root.write_text("no directory")
+    elif case != "absent":
+        root.mkdir()
+    for name in {
+        "one": ["a.png"],
+        "beside": ["a.png", "class/b.png"],
+        "no test": ["train/cat/a.png", "train/cat/b.png", "val/cat/c.png"],
+        "strange": ["train/cat/a.png", "train/dog/b.png", "test/cow/c.png"],
+        "flat test": ["train/cat/a.png", "train/dog/b.png", "test/c.png"],
+        "no images": ["train/cat/a.png", "test/notes.gif"],
+    }.get(case, []):
+        save(root / name, PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("case", "split", "message"),
+    [
+        ("absent", "train", "which is no directory: name the one with your images"),
+        ("file", "train", "which is no directory"),
+        ("empty", "train", "holds too few images for training (.png, .jpg, .jpeg, .webp, .bmp): add some"),
+        ("one", "train", "holds too few images for training"),
+        ("beside", "train", "has images both in class folders and beside them: move those into a folder"),
+        ("no test", "train", "has a folder train, but none called test: add it, or name"),
+        ("strange", "test", "test has a class 'cow', unlike"),
+        ("flat test", "test", "test has images beside the class folders, unlike"),
+        ("no images", "test", "holds too few images for testing"),
+    ],
+)
+def test_directories_that_will_not_do(case, split, message, tmp_path):
+    broken(tmp_path / "images", case)
+    with pytest.raises(SettingError, match=re.escape(message)) as caught:
+        load("folder", tmp_path / "images", split, 32)
+    assert str(tmp_path / "images") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_current_directory_is_no_default():
+    with pytest.raises(SettingError, match="needs --data_path"):
+        load("folder", "", "train", 32)
+
+
+# ---- the same images in the built-in format ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [28, 32])
+def test_fashion_mnist_as_files_gives_the_batches_of_fashion_mnist(side, data, tmp_path):
+    """Real images from PNG files and from IDX files: only their order differs, and it is known."""
+    expected = {}
+    for split, count in (("train", 300), ("test", 40)):
+        images, labels = expected[split] = [part[:count] for part in load("fashion-mnist-tiny", data, split, side)]
+        for i, (image, y) in enumerate(zip(images, labels, strict=True)):
+            save(tmp_path / split / str(y.item()) / f"{i:05d}.png", image[0])
+    for split, (images, labels) in expected.items():
+        order = torch.tensor([int(Path(path).stem) for path in folder.find(tmp_path, split)[0]])
+        assert sorted(order.tolist()) == list(range(len(images)))
+        from_files = batches(*load("folder", tmp_path, split, side, 1), 16, 3, 4)
+        built_in = batches(images[order], labels[order], 16, 3, 4)
+        for (x, y), (x_built_in, y_built_in) in zip(from_files, built_in, strict=True):
+            assert torch.equal(x, x_built_in)
+            assert torch.equal(y, y_built_in)
+
+
+# ---- streaming -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 2, 6])
+def test_streamed_batches_are_those_from_memory(skip, coloured, request):
+    images, labels = load("folder", coloured, "train", 24)
+    assert isinstance(images, torch.Tensor)
+    request.getfixturevalue("streamed")
+    files, same_labels = load("folder", coloured, "train", 24)
+    assert isinstance(files, ImageFiles)
+    assert (files.shape, files.dtype, len(files)) == (images.shape, images.dtype, len(images))
+    assert torch.equal(labels, same_labels)
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    in_memory = batches(images[10:], labels[10:], 16, 5, 6, skip)
+    streamed = batches(files[10:], labels[10:], 16, 5, 6, skip)
+    number = 0
+    for (x, y), (x_streamed, y_streamed) in zip(in_memory, streamed, strict=True):
+        assert torch.equal(x, x_streamed)
+        assert torch.equal(y, y_streamed)
+        number += 1
+    assert number == 6 - skip
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), str(np.random.get_state())) == states[1:]
+
+
+def test_what_else_reads_images_reads_files_alike(coloured, streamed):
+    files, _ = load("folder", coloured, "train", 16)
+    images = files.read()
+    assert torch.equal(files[torch.tensor([3, 1])], images[[3, 1]])
+    assert torch.equal(torch.cat(list(files[:20].split(7))), images[:20])
+
+    assert cache.key("", files) == cache.key("", images)
+    distances, index = copies.nearest(images[:3], files)
+    assert distances.tolist() == [0, 0, 0] and index.tolist() == [0, 1, 2]
+    unet, diffusion, world = UNet(16, 3, 8, (1, 2)), Diffusion(10, "cosine", prediction="v"), World(CPU)
+    loss, same = (validation_loss(unet, diffusion, in_order(x, 16), len(x), 0, world) for x in (files, images))
+    assert loss == same
+
+
+@pytest.mark.parametrize("way", ["memory", "workers"])
+def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
+    for i in range(40):
+        save(tmp_path / f"{i}.png", PICTURE)
+    (tmp_path / "33.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    if way == "workers":
+        request.getfixturevalue("streamed")
+    with pytest.raises(UserError, match=r"cannot read the image .*33\.png") as caught:
+        for _ in batches(*load("folder", tmp_path, "train", 32), 4, 0, 0):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+def test_signals_to_the_whole_group_are_the_main_process_business(coloured, streamed):
+    """The workers ignore the signals of Ctrl-C and batch systems until the training has saved its state."""
+    files, labels = load("folder", coloured, "train", 16)
+    expected = list(batches(files, labels, 8, 0, 0))
+    stream = batches(files, labels, 8, 0, 0)
+    seen = [next(stream), next(stream)]  # one from each worker: both ignore signals by now
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    seen += stream
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(seen, expected, strict=True))
+
+
+# ---- whole scripts ---------------------------------------------------------------------------------------
+
+SHORT = [*NETWORK, *"--val_size 20 --batch_size 8 --num_samples 4 --steps 3 --device cpu --sample_every 1".split()]
+
+
+def test_training_on_files_is_training_on_memory(coloured, tmp_path, monkeypatch, one_thread, request):
+    """The weights are equal to the last bit, also when the run on files is stopped and resumed within the epoch."""
+
+    def state(name: str, *flags: object) -> dict:
+        places = [f"--{place}_path={tmp_path / name / place}" for place in ("checkpoint", "output", "log")]
+        command = ["--dataset", "folder", "--data_path", coloured, "--image_size", 16, *SHORT, *places, *flags]
+        with torch.random.fork_rng():
+            train.main(arguments(train, *command))
+        return checkpoint.load(tmp_path / name / "checkpoint/latest.pth")
+
+    expected = state("memory", "--epochs", 1)
+    assert (expected["settings"]["channels"], expected["settings"]["dataset"]) == (3, "folder")
+    request.getfixturevalue("streamed")
+
+    class Stop(Exception):
+        pass
+
+    step, trainers, new = Learner.step, [], train.Trainer.__init__
+
+    def stop(self: Learner, *batch: object) -> tuple:
+        if self.steps == 5:
+            trainers[-1].checkpoints.save("latest.pth")
+            raise Stop
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train.Trainer, "__init__", lambda self, *given: trainers.append(self) or new(self, *given))
+        patch.setattr(Learner, "step", stop)
+        state("files", "--epochs", 1)
+    assert differences(state("files", "--epochs", 1), expected) == []
+
+
+def test_colour_from_files_to_samples(coloured, tmp_path):
+    """train.py and sample.py on the user's own photographs write colour PNGs of 32 × 32 pixels."""
+    done = run_script("train.py", "--dataset", "folder", "--data_path", coloured, *SHORT, "--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_script("sample.py", "--num_samples", 9, "--steps", 5, "--gif", cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs/samples"
+    assert "wrote grid.png, 9 images, denoising.gif" in done.stdout
+    for path in [*folder.glob("*.png"), *(tmp_path / "outputs").glob("samples_epoch_*.png")]:
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("PNG", "RGB"), path
+            assert image.size == (32, 32) or not path.name.startswith("sample_0")
+    samples = np.stack([np.asarray(Image.open(path)).astype(int) for path in folder.glob("sample_*.png")])
+    assert len(samples) == 9
+    assert (samples[..., 0] != samples[..., 1]).any()  # not grey in three channels
+
+
+def in_colour(picture: np.ndarray) -> str:
+    """Draw a picture (H, W, 3) for a terminal: each character is two pixels, one above the other."""
+    lines = []
+    for upper, lower in zip(picture[0::2], picture[1::2], strict=True):
+        pairs = zip(upper.tolist(), lower.tolist(), strict=True)
+        lines.append("".join("\033[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in pairs) + "\033[0m")
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_one_s_own_pictures_trained_on_sampled_and_scored(clothes, tmp_path, capsys):
+    """The README's three commands on 484 pictures, tinted by class: samples of a class have its colour."""
+    images, labels = clothes["train"]
+    tints = dict(zip(datasets.ITEMS, HUES, strict=False))
+    for number in (labels < len(HUES)).nonzero().flatten().tolist():
+        name = datasets.ITEMS[labels[number]]
+        tinted = images[number, 0].numpy()[:, :, None] * tints[name]  # (28, 28, 3)
+        save(tmp_path / f"my_images/{name}/{number}.{'png' if number % 2 else 'jpg'}", tinted, quality=95)
+
+    def run(script: str, flags: str) -> None:
+        done = run_script(script, *flags.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    small = "--image_size 16 --unet_dim 16 --unet_dim_mults 1 2 4 --batch_size 16 --learning_rate 2e-3 --device cpu"
+    run("train.py", f"--dataset folder --data_path my_images --val_size 20 --epochs 20 {small}")
+    run("sample.py", "--class all --num_samples 40 --guidance_scale 2")
+    run("eval.py", "--data_path my_images --class all --guidance_scale 2 --num_samples 100 --classifier_only")
+
+    samples = [Image.open(path) for path in sorted((tmp_path / "outputs/samples").glob("sample_*.png"))]
+    rows = np.stack([np.asarray(sample) for sample in samples]).reshape(8, 5, 16, 16, 3).swapaxes(0, 1)  # by class
+    with capsys.disabled():  # so that a reader of the log can judge the pictures
+        print("\ncoat, dress, pullover, t-shirt and trouser, after 20 epochs of 416 pictures:")
+        print(in_colour(rows.transpose(0, 2, 1, 3, 4).reshape(5 * 16, 8 * 16, 3)))
+    colours = rows.reshape(40, -1, 3).astype(float).mean(1)  # (40, 3)
+    hues = np.stack([tint for _, tint in sorted(tints.items())])  # classes are sorted by name
+    likeness = colours @ hues.T / np.linalg.norm(colours, axis=1)[:, None] / np.linalg.norm(hues, axis=1)  # cosines
+    nearest = likeness.argmax(1).reshape(5, 8)
+    # By chance a fifth would be right: half of 40 or more has a probability of 2e-5 then.
+    assert (nearest == np.arange(5)[:, None]).mean() >= 0.5, nearest
+    scores = json.loads((tmp_path / "outputs/eval/metrics.json").read_text())["scores"]
+    assert scores["class_accuracy"] >= 0.5

@@ -1,0 +1,58 @@
+"""The folder of an evaluation's results: its name tells evaluations apart."""
+
+import dataclasses
+
+import pytest
+
+from src.generation import Generator, build
+from src.scores import evaluation
+
+SETTINGS = {
+    "image_size": 8,
+    "channels": 1,
+    "unet_dim": 8,
+    "unet_dim_mults": [1, 2],
+    "dropout": 0.0,
+    "encoder_attention": True,
+    "time_steps": 50,
+    "schedule_type": "cosine",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction": "v",
+    "loss_weight": "uniform",
+    "classes": [f"class/no {i}" for i in range(40)],
+}
+OPTIONS = evaluation.Options(num_samples=1000, batch_size=64, seed=0, data_path="data")
+
+
+def name(options: evaluation.Options = OPTIONS, file: str = "weights/fashion-mnist.pth", **sampling: object) -> str:
+    model = evaluation.Model(file, "31e22359" + "0" * 56, SETTINGS, Generator(*build(SETTINGS), **sampling))
+    return evaluation.folder_name(model, options)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, "dpmpp_2m_sde-30"),
+        ({"sampler": "ddim", "steps": 50}, "ddim-50"),
+        ({"sampler": "ddim", "steps": 20, "eta": 0.5}, "ddim-20-eta0.5"),
+        ({"steps": 5, "classes": range(40)}, "dpmpp_2m_sde-5-class-all"),
+        (
+            {"steps": 5, "classes": [3, 0, 3]},
+            "dpmpp_2m_sde-5-class-class_no_3+class_no_0+class_no_3",
+        ),
+        ({"steps": 5, "classes": [3], "guidance_scale": 1.5}, "dpmpp_2m_sde-5-class-class_no_3-guidance1.5"),
+    ],
+)
+def test_the_name_tells_checkpoint_sampling_and_extent(sampling, expected):
+    assert name(**sampling) == f"fashion-mnist-31e22359-{expected}-n1000-seed0"
+
+
+def test_many_classes_have_a_short_name_of_their_own():
+    names = {name(classes=range(first, first + 20)) for first in range(3)}
+    assert len(names) == 3 and all(len(text) < 100 and "class-20-of-them-" in text for text in names)
+
+
+@pytest.mark.parametrize("change", [{"num_samples": 10}, {"seed": 1}, {"classifier_only": True}])
+def test_another_extent_has_another_name(change):
+    assert name(dataclasses.replace(OPTIONS, **change)) != name()

@@ -1,0 +1,143 @@
+"""`train.py --init_from`: another run's averaged weights as a start, and nothing else of it."""
+
+import hashlib
+import logging
+
+import pytest
+import torch
+from conftest import ROOT, differences
+
+from src import generation
+from src.training import Learner
+from src.utils import checkpoint, fine_tuning
+from src.utils.errors import SettingError, UserError
+
+BUNDLED = ROOT / "weights/fashion-mnist.pth"
+
+
+@pytest.fixture
+def source(quick, tmp_path):
+    """Checkpoint folder of a finished run, whose averaged weights are not its weights."""
+    quick("source", "--epochs", 1)
+    return tmp_path / "source/checkpoint"
+
+
+@pytest.fixture
+def first_state(monkeypatch):
+    """What the coming run has before its first step."""
+    seen, step = {}, Learner.step
+
+    def spy(self, *batch):
+        if not seen:
+            seen.update({part: {k: v.clone() for k, v in self.state()[part].items()} for part in ("model", "ema")})
+            seen["optimizer"], seen["step"] = self.state()["optimizer"]["state"], self.steps
+        return step(self, *batch)
+
+    monkeypatch.setattr(Learner, "step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("file", ["weights.pth", "best.pth", "latest.pth"])
+def test_weights_and_average_are_the_averaged_weights_of_the_file_and_all_else_is_fresh(
+    file, source, quick, saved, first_state
+):
+    theirs = saved("source", file)
+    first_state.clear()
+    assert quick("run", "--epochs", 1, "--seed", 5, "--init_from", source / file) == 0
+    assert not differences(first_state["model"], theirs["ema"])
+    assert not differences(first_state["ema"], theirs["ema"])
+    assert (first_state["optimizer"], first_state["step"]) == ({}, 0)
+    origin = {"file": file, "sha256": hashlib.sha256((source / file).read_bytes()).hexdigest()}
+    for written in ("best.pth", "latest.pth", "final.pth", "weights.pth"):
+        assert saved("run", written)["init_from"] == origin
+    assert saved("run")["epoch"] == 1 and len(saved("run")["history"]["train"]) == 1
+    assert saved("source")["init_from"] is None
+
+
+def test_a_run_may_start_from_the_one_that_it_replaces(source, quick, saved, first_state):
+    theirs = saved("source", "best.pth")
+    first_state.clear()
+    quick("source", "--epochs", 1, "--fresh", "--overwrite", "--init_from", source / "best.pth")
+    assert not differences(first_state["model"], theirs["ema"])
+
+
+def test_a_resumed_run_keeps_its_origin_and_needs_neither_flag_nor_file(source, quick, saved):
+    quick("run", "--epochs", 1, "--init_from", source / "weights.pth")
+    origin = saved("run")["init_from"]
+    weights = (source / "weights.pth").read_bytes()
+    (source / "weights.pth").unlink()
+    quick("run", "--epochs", 2, "--init_from", source / "weights.pth")  # the same command
+    quick("run", "--epochs", 3)
+    assert saved("run")["init_from"] == origin and saved("run")["epoch"] == 3
+    (source / "weights.pth").write_bytes(weights)
+    quick("other", "--epochs", 3, "--init_from", source / "weights.pth")
+    assert not differences(saved("run", "final.pth"), saved("other", "final.pth"))  # stopped and resumed, to the bit
+
+
+def test_a_run_that_began_otherwise_is_not_resumed_with_the_flag(source, quick):
+    with pytest.raises(SettingError, match="did not start from that file"):
+        quick("source", "--epochs", 2, "--init_from", BUNDLED)
+
+
+# ---- weights that do not fit ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--unet_dim", 16], "UNET_DIM is 8 there and 16 here: use the same values"),
+        (["--unet_dim_mults", 1, 2, 2], r"UNET_DIM_MULTS is \[1, 2\] there and \[1, 2, 2\] here"),
+        (["--unet_dim", 16, "--ignore_mismatched_sizes"], "UNET_DIM is 8 there and 16 here: use the same values"),
+        (["--no-class_conditional"], "or add --ignore_mismatched_sizes to start label from random weights"),
+    ],
+)
+def test_another_network_is_refused_in_one_line_and_costs_no_file(flags, message, source, quick, tmp_path):
+    with pytest.raises(SettingError, match=message):
+        quick("run", "--epochs", 1, "--init_from", source / "weights.pth", *flags)
+    assert not list((tmp_path / "run/checkpoint").glob("*.pth"))
+    before = (source / "best.pth").read_bytes()
+    with pytest.raises(SettingError, match=message):
+        quick("source", "--fresh", "--overwrite", "--epochs", 1, "--init_from", source / "weights.pth", *flags)
+    assert (source / "best.pth").read_bytes() == before
+
+
+def test_layers_of_other_data_start_anew_where_that_is_asked_for(source, quick, saved, tmp_path):
+    """Three channels and two classes instead of one and ten."""
+    state = checkpoint.load(source / "weights.pth")
+    settings = {**state["settings"], "channels": 3, "classes": ["a", "b"]}
+    torch.manual_seed(1)
+    unet, _ = generation.build(settings, torch.device("cpu"))
+    fresh = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    with pytest.raises(
+        SettingError, match=r"CHANNELS is 1 there and 3 here; CLASSES is .* start conv_in, conv_out, l"
+    ):
+        fine_tuning.initialise(unet, settings, source / "weights.pth")
+    assert not differences(unet.state_dict(), fresh)
+    fine_tuning.initialise(unet, settings, source / "weights.pth", ignore_mismatched_sizes=True)
+    kept = {"conv_in.weight", "conv_out.weight", "conv_out.bias", "label.weight"}
+    for name, weight in unet.state_dict().items():
+        assert torch.equal(weight, fresh[name] if name in kept else state["ema"][name]), name
+
+
+def test_another_objective_is_a_warning(source, quick, caplog):
+    with caplog.at_level(logging.WARNING):
+        quick("run", "--epochs", 1, "--init_from", source / "weights.pth", "--prediction", "noise")
+    assert "was trained with PREDICTION v, not noise" in caplog.text
+
+
+def test_a_file_without_averaged_weights_is_refused(quick, tmp_path):
+    checkpoint.save(tmp_path / "odd.pth", {"content": 1})
+    with pytest.raises(UserError, match="holds no averaged weights"):
+        quick("run", "--epochs", 1, "--init_from", tmp_path / "odd.pth")
+
+
+def test_the_bundled_weights_lack_the_attention_on_the_way_down_and_load_as_they_are():
+    state = checkpoint.load(BUNDLED, "ema")
+    settings, (unet, _) = state["settings"], generation.restore(state)
+    assert settings["encoder_attention"] is False and sum(p.numel() for p in unet.parameters()) == 2_209_729
+    fresh, _ = generation.build(settings, torch.device("cpu"))
+    fine_tuning.initialise(fresh, settings, BUNDLED)
+    assert not differences(fresh.state_dict(), unet.state_dict())
+    whole = {**settings, "encoder_attention": True}
+    with pytest.raises(SettingError, match="ENCODER_ATTENTION is False there and True here"):
+        fine_tuning.initialise(generation.build(whole, torch.device("cpu"))[0], whole, BUNDLED)
