@@ -44,7 +44,7 @@ from src.utils.progress import progress
 
 log = logging.getLogger("sample")
 
-GIF_FRAMES = 50  # frames of an animation, however many steps the sampler takes
+GIF_FRAMES = 50  # at most this many frames of an animation, before the finished image
 
 
 def write_samples(

@@ -1,8 +1,8 @@
 """The diffusion process of DDPM: noise schedules, the forward process q, its posterior and the training loss.
 
 The notation is that of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), except that timesteps count from 0: `t` is
-the paper's t - 1, and t = -1 stands for the clean image. Every coefficient is computed from α̅ (`alpha_bar`).
-A tensor of timesteps holds one per image, (B,), or one for the whole batch, (1,).
+the paper's t - 1. t = -1 is the clean image, still called x_0, and t = T - 1 the noisiest, still called x_T. Every
+coefficient is computed from α̅ (`alpha_bar`). A tensor of timesteps holds one per image, (B,), or one for all, (1,).
 
 Images and the network may be on any device. Timesteps and the schedule stay on the CPU, the schedule in float64, which
 some devices lack (Apple's, most of Intel's). Coefficients are computed in float64, rounded to float32, and then copied
@@ -59,7 +59,7 @@ def draw_times(count: int, time_steps: int, sampling: str) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to `device` without waiting for the work that is queued there.
+    """Copy a CPU tensor to `device`, if possible without waiting (CUDA may wait if it is large and not pinned).
 
     MPS is the exception: its asynchronous copies may read memory that was freed meanwhile (pytorch issue 189690).
     """
@@ -171,7 +171,7 @@ class Diffusion:
         return self.per_image(variance.sqrt()), self.per_image(remaining.sqrt())
 
     def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The weighted mean squared error of the prediction, a scalar; L_simple for noise (Ho et al., eq. 14)."""
+        """Weighted mean squared error, a scalar; L_simple for noise and uniform weights (Ho et al., eq. 14)."""
         output = network(self.q_sample(x0, t, eps), send(t, self.device))
         error = torch.nn.functional.mse_loss(output, self.target(x0, t, eps), reduction="none")
         return (self.weight(t) * error).mean()

@@ -39,8 +39,8 @@ def restore(state: dict[str, Any], device: torch.device | str = "cpu", weights: 
 class ImageNoise:
     """N(0, I) noise for the images `indices` of a seed, each of `shape` (C, H, W), with one random stream per image.
 
-    Stream i depends on (seed, i) alone, mixed by SeedSequence. So image i of a seed is the same in every batch, beside
-    any other images, and on every device: the numbers are drawn on the CPU.
+    Stream i depends on (seed, i) alone, mixed by SeedSequence. So the noise of image i is the same in every batch,
+    beside any other images, and on every device: the numbers are drawn on the CPU.
     """
 
     def __init__(

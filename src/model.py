@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 ATTENTION_RESOLUTIONS = (16, 8)  # feature maps of this height get self-attention, as does the middle (Ho et al.: 16)
-LARGEST_SEPARABLE = 8  # 3×3 convolutions are depthwise-separable on feature maps of at most this height
+LARGEST_SEPARABLE = 8  # 3×3 convolutions of ResNet blocks are depthwise-separable up to this height
 HEAD_WIDTH = 64  # channels per attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; every width must be a multiple of it
 
@@ -51,7 +51,7 @@ def conv3x3(c_in: int, c_out: int, resolution: int) -> nn.Module:
     """A 3×3 convolution: dense on large feature maps, depthwise-separable on small ones.
 
     A dense convolution has 9·c_in·c_out weights. At 8×8 and 4×4, where the U-Net is widest, dense convolutions would
-    hold three quarters of all parameters. A depthwise 3×3 and a pointwise 1×1 convolution need a ninth of them.
+    hold three quarters of all parameters. A depthwise 3×3 and a pointwise 1×1 convolution have c_in·(c_out + 9).
     """
     if resolution > LARGEST_SEPARABLE:
         return nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
     """Residual block of two layers (3×3 convolution, GroupNorm, SiLU), conditioned on the time embedding.
 
     The embedding scales and shifts the first normalisation: adaptive group normalisation (Dhariwal & Nichol 2021, §3,
-    equation AdaGN). Normalisation follows the convolution: before it, the decoder's inputs are twice as wide.
+    equation AdaGN). Normalisation follows the convolution; before conv1 it would cost twice as much in the decoder.
     """
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
         for parameter in self.conv_out.parameters():
-            nn.init.zeros_(parameter)  # the first prediction is 0, close to the mean of the target
+            nn.init.zeros_(parameter)  # the first prediction is 0; for noise, that is the mean of the target
         if self.label is not None:
             nn.init.zeros_(self.label.weight)  # padding_idx keeps the row of no_class at 0
 

@@ -90,7 +90,7 @@ def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw
 def _extrapolate(diffusion: Diffusion, x0: Tensor, h: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
     """D of Lu et al. 2022, Algorithm 2: x_0 + h / (2 h_previous) · (x_0 - x_0_previous), (B,C,H,W).
 
-    h is the increase of λ over a step, and this makes the error second-order in h. `previous` is (x_0, h) of the step
+    h is the increase of λ over a step. With D, the sampler is of second order. `previous` is (x_0, h) of the step
     before. The first step has none, and the last one has h = ∞: both return x_0 unchanged.
     """
     if previous is None or h.isinf():

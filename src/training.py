@@ -106,7 +106,7 @@ class Learner:
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         """Update weights and average, unless `norm`, the gradient's norm before clipping, is or was not finite."""
-        first = ~norm.isfinite() & (self.bad_step == 0)  # then clipping makes every gradient NaN
+        first = ~norm.isfinite() & (self.bad_step == 0)  # then clipping makes the gradients 0 or NaN
         self.bad_step += first * self.steps
         self.bad_norm = torch.where(first, norm, self.bad_norm)
         skip = self.bad_step > 0
@@ -119,7 +119,7 @@ class Learner:
         self.ema.update(self.model, self.steps, skip)
 
     def synchronize(self) -> None:
-        """Wait for the device and add the losses of the steps since the last call to `loss_sum`.
+        """Wait for the device, then add to `loss_sum` the losses of the steps since the last call.
 
         Raises Diverged if the gradient of some step was not finite.
         """
