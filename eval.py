@@ -6,7 +6,7 @@ Without --output_dir, results go to a folder below OUTPUT_PATH/eval that is name
 import argparse
 
 import config
-from src.utils import errors, flags, settings
+from src.utils import cores, errors, flags, settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,6 +64,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
 
 def main(args: argparse.Namespace) -> int:
     device = devices.pick_device(args.device)
+    cores.share()
     with World(device) as world, devices.float32_kernels(device, fast=True):
         evaluate(args, world)
     return 0

@@ -3,7 +3,7 @@
 import argparse
 
 import config
-from src.utils import errors, flags, settings
+from src.utils import cores, errors, flags, settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,6 +102,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
 
 def main(args: argparse.Namespace) -> int:
     device = devices.pick_device(args.device)
+    cores.share()
     with World(device) as world, devices.float32_kernels(device, fast=True):
         return sample(args, world)
 

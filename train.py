@@ -3,7 +3,7 @@
 import argparse
 
 import config
-from src.utils import errors, flags, settings
+from src.utils import cores, errors, flags, settings
 
 INIT_FROM = """start a new run from the averaged weights of another checkpoint or weights.pth, as for fine-tuning;
     optimiser state, average and step count start anew (default: random weights)"""
@@ -76,6 +76,8 @@ class Trainer:
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""
         args, learner, share = self.args, self.learner, self.world.share(self.args.batch_size)
+        if not learner.batch:  # only here: a resumed epoch goes on with its number of threads, and so to the same bits
+            cores.share()
         monitor.start_epoch(learner.epoch + 1, args.epochs, learner.steps)
         data = self.images, self.labels, args.batch_size, args.seed, learner.epoch, learner.batch, share
         for x0, y in datasets.batches(*data):
@@ -188,6 +190,7 @@ def main(args: argparse.Namespace) -> int:
         {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
     )
     device = devices.pick_device(args.device)
+    cores.share()
     with (
         World(device) as world,
         lock.hold(directory) if world.is_main else nullcontext(),

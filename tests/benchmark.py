@@ -40,7 +40,7 @@ from contestants import name_of, ours, trainer
 
 import config
 import train
-from src.utils import devices, errors, flags
+from src.utils import cores, devices, errors, flags
 
 log = logging.getLogger("benchmark")
 Task = Callable[[], object]
@@ -236,16 +236,23 @@ def show_memory(plan: Plan) -> None:
     show_table("sampled images | peak memory, MB", rows)
 
 
-# How OpenMP's threads wait for each other: what is set in the environment before torch is loaded.
-WAITING = {
-    "as OpenMP does by itself": {},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+# How a training divides the cores with other programs: what is set in the environment before torch is loaded.
+SHARING = {
+    "as train.py chooses": {},
+    "a thread for each core": {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    "the same, OMP_WAIT_POLICY=PASSIVE": {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    },
+    "the same, OMP_PROC_BIND=TRUE": {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_PROC_BIND": "TRUE"},
 }
 
 
 def training_speed(settings: dict[str, Any], seconds: float) -> float:
     """Images a second of a training, after a few steps to warm up."""
+    cores.last = cores.read()
+    time.sleep(2)  # as long as train.py takes to start
+    cores.share()
     run = trainer(4096, **settings)
     step = ours("", run).train_step
     drawn = contestants.batches(run)
@@ -259,25 +266,26 @@ def training_speed(settings: dict[str, Any], seconds: float) -> float:
 
 
 def show_contention(plan: Plan) -> None:
-    """A training's speed beside busy processes, by how its threads wait; on the CPU, with a thread for each core."""
-    settings, speeds = plan.settings | {"device": "cpu"}, {(name, n): [] for name in WAITING for n in plan.busy}
+    """A training's speed on the CPU beside busy processes, by how it divides the cores with them."""
+    settings, speeds = plan.settings | {"device": "cpu"}, {(name, n): [] for name in SHARING for n in plan.busy}
     for busy in plan.busy:
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         try:
             for _ in range(plan.turns):
-                for name, variables in WAITING.items():
+                for name, variables in SHARING.items():
                     log.info("measuring contention: %s, %d busy processes beside", name, busy)
                     with (
                         mock.patch.dict(os.environ, variables),
                         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
                     ):
                         speed = process.submit(training_speed, settings, plan.seconds).result()
+                    log.info("%.0f images/s", speed)
                     speeds[name, busy].append(speed)
         finally:
             for other in others:
                 other.kill()
                 other.wait()
-    rows = [(name, *(statistics.median(speeds[name, n]) for n in plan.busy)) for name in WAITING]
+    rows = [(name, *(statistics.median(speeds[name, n]) for n in plan.busy)) for name in SHARING]
     show_table("training, images/s | " + " | ".join(f"{n} busy processes" for n in plan.busy), rows)
 
 
@@ -302,6 +310,7 @@ def show_evaluation(plan: Plan) -> None:
     for threads, images in itertools.product(plan.threads, plan.scored):
         log.info("measuring memory: eval.py with %d images, %d threads", images, threads)
         rows.append((threads, images, evaluation_memory(images, threads), images * 2048 * 4 / 1e6))
+        log.info("peak: %.0f MB", rows[-1][2])
     show_table("threads | images scored | peak memory, MB | their features, MB", rows)
 
 

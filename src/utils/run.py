@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from src.utils import checkpoint, fine_tuning, settings
+import torch
+
+from src.utils import checkpoint, cores, fine_tuning, settings
 from src.utils.distributed import World
 from src.utils.errors import SettingError, UserError
 
@@ -73,6 +75,7 @@ class Run:
                 "data": self.data,
                 "init_from": self.init_from,
                 "precision": self.precision,
+                "threads": torch.get_num_threads(),
                 **self.learner.state(),
             }
             kept = WEIGHTS_ONLY if name == "weights.pth" else state
@@ -102,6 +105,7 @@ class Run:
         self.init_from = state.get("init_from")
         with checkpoint.explained(path):
             self.learner.load(state)
+        cores.use(state.get("threads", cores.most_threads()))  # another number would add in another order
         learner = self.learner
         log.info("RESUMING %s: %d of %d epochs done, step %d", path, learner.epoch, self.args.epochs, learner.steps)
 

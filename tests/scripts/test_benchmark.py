@@ -25,7 +25,7 @@ def test_it_prints_every_table_whole(monkeypatch, capsys):
 
 
 def test_a_training_beside_busy_processes_is_measured_in_processes_of_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "WAITING", {"one thread": {"OMP_NUM_THREADS": "1"}})
+    monkeypatch.setattr(benchmark, "SHARING", {"one thread": {"OMP_NUM_THREADS": "1"}})
     assert benchmark.main(replace(benchmark.QUICK, busy=(1,)), ["contention"]) == 0
     speed = capsys.readouterr().out.splitlines()[-1].split("|")[2]
     assert float(speed.replace(",", "")) > 0

@@ -24,7 +24,7 @@ import train
 from src.data import datasets
 from src.ema import EMA
 from src.training import Learner
-from src.utils import checkpoint, devices, errors, lock, settings
+from src.utils import checkpoint, cores, devices, errors, lock, settings
 from src.utils.distributed import World
 from src.utils.signals import StopSignals
 
@@ -190,8 +190,9 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    parts = "program format settings data init_from precision model ema optimizer rng epoch batch step loss_sum best"
-    assert set(state) == {*parts.split(), "history"}
+    conditions = "program format settings data init_from precision threads"
+    learnt = "model ema optimizer rng epoch batch step loss_sum best history"
+    assert set(state) == {*conditions.split(), *learnt.split()}
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
     assert len(state["history"]["train"]) == len(state["history"]["val"]) == 2
     assert state["best"] == min(state["history"]["val"])
@@ -758,6 +759,20 @@ def test_a_resumed_run_says_that_it_computes_in_another_precision(quick, caplog,
     monkeypatch.setattr(devices, "pick_precision", lambda *_: torch.float32)
     quick("run", "--epochs", 3)
     assert "computes in torch.float32, not in torch.bfloat16 as before" in caplog.text
+
+
+def test_a_resumed_epoch_goes_on_with_its_number_of_threads(quick, saved, stop_at, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(cores, "share", lambda: used.append("shared anew"))
+    monkeypatch.setattr(cores, "use", used.append)
+    stop_at(2)
+    quick("run")
+    assert saved("run")["threads"] == 7
+    used.clear()
+    quick("run", "--epochs", 2)
+    # When it starts, then what the checkpoint says for the rest of the first epoch, then at the second epoch.
+    assert used == ["shared anew", 7, "shared anew"]
 
 
 def test_a_longer_training_says_that_its_learning_rate_is_another(quick, caplog):

@@ -1,9 +1,13 @@
 """SIGKILL for real: no moment of it damages a checkpoint, blocks the next run or changes what training ends with."""
 
+import faulthandler
 import itertools
+import logging
 import multiprocessing
+import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -148,11 +152,11 @@ def training(folder: Path, *command: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def wait_for(start: str, process: subprocess.Popen[str]) -> None:
-    """Until the process prints a line that begins so."""
+def wait_for(start: str, stdout: IO[str]) -> None:
+    """Until a process prints a line that begins so."""
     lines = []
     while not (lines and lines[-1].startswith(start)):
-        lines.append(process.stdout.readline())
+        lines.append(stdout.readline())
         assert lines[-1], "".join(lines)
 
 
@@ -163,7 +167,7 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
     epochs = 8  # so many that the kill comes before the last one, also where this process has to wait its turn
     flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", epochs]
     with training(tmp_path, ROOT / "train.py", *flags) as first:
-        wait_for(f"epoch 1/{epochs}", first)
+        wait_for(f"epoch 1/{epochs}", first.stdout)
     assert first.returncode == -signal.SIGKILL
     second = run_script("train.py", *flags, cwd=tmp_path)
     assert (second.returncode, second.stderr) == (0, "")
@@ -174,7 +178,7 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
 def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_process(data, tmp_path):
     flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", 10_000]
     with training(tmp_path, ROOT / "train.py", *flags) as first:
-        wait_for("epoch 1/", first)
+        wait_for("epoch 1/", first.stdout)
         second = run_script("train.py", *flags, cwd=tmp_path)
         assert first.poll() is None
     assert (second.returncode, second.stdout) == (1, "")
@@ -184,13 +188,35 @@ def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_pro
 
 # ---- fifty kills of one training ---------------------------------------------------------------------------
 
-# train.py as it is, in a process that notes on SIGUSR1 what it is at.
-WITNESS = """
-import faulthandler, runpy, signal, sys
-faulthandler.register(signal.SIGUSR1, open("stack", "w"), all_threads=False)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+def run_witness(output: int, folder: Path, *flags: object) -> None:
+    """train.py as it is, with both outputs to the file descriptor `output`; notes on SIGUSR1 what it is at."""
+    os.chdir(folder)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    logging.getLogger().handlers.clear()  # those of pytest
+    with open(1, "w", buffering=1) as sys.stdout, open(2, "w", buffering=1) as sys.stderr, open("stack", "w") as stack:
+        faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+        sys.argv = ["train.py", *map(str, flags)]
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@contextmanager
+def witness(folder: Path, *flags: object) -> Iterator[tuple[BaseProcess, IO[str]]]:
+    """A training in `folder` and its output; forked, since loading torch would take seconds each time. Killed at the
+    end of the block."""
+    reading, writing = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=run_witness, args=(writing, folder, *flags))
+    process.start()
+    os.close(writing)
+    with open(reading) as stdout:
+        try:
+            yield process, stdout
+        finally:
+            process.kill()
+            process.join()
+
+
 # A function, and what a process that is within it is at; the first one found decides.
 MOMENTS = {
     "resume": "resuming",
@@ -204,13 +230,13 @@ MOMENTS = {
 }
 
 
-def ask(process: subprocess.Popen[str], stack: Path) -> str:
-    """What a WITNESS, whose notes go to the file `stack`, is at."""
+def ask(process: BaseProcess, stack: Path) -> str:
+    """What a witness, whose notes go to the file `stack`, is at."""
     if not stack.exists():
         return "starting"  # it would not understand yet
-    process.send_signal(signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGUSR1)
     while stack.stat().st_size == 0:
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), "it ended by itself"
     time.sleep(0.002)  # for the rest of the note
     functions = re.findall(
         r"/(?:train|src/training|src/utils/(?:run|pictures))\.py\", line \d+ in (\w+)", stack.read_text()
@@ -226,7 +252,7 @@ def temporaries(folder: Path) -> set[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path):
+def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path, one_thread):
     """`--save_minutes 0` saves after every step. The summary that it prints is shown by pytest -s."""
     often = "--save_minutes 0 --save_every 1 --sample_every 1 --log_every 1"
     sizes = "--image_size 28 --val_size 400 --batch_size 20 --num_samples 20 --steps 15"  # each phase takes its time
@@ -235,25 +261,25 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
     folders = [killed, undisturbed]
     for folder in (*folders, clocked):
         folder.mkdir()
-    with training(clocked, ROOT / "train.py", *flags) as process:  # how long is an epoch on this machine, today?
-        wait_for("results", process)
+    with witness(clocked, *flags) as (_, stdout):  # how long is an epoch on this machine, today?
+        wait_for("results", stdout)
         epoch = -time.monotonic()
-        wait_for("epoch 1/", process)
+        wait_for("epoch 1/", stdout)
         epoch += time.monotonic()
     delays, moments, steps, leftovers = random.Random(0), Counter(), [0], 0
     for number in range(50):
         (killed / "stack").unlink(missing_ok=True)
         before = temporaries(killed)
-        with training(killed, "-c", WITNESS, ROOT / "train.py", *flags, "--epochs", 1000) as process:
+        with witness(killed, *flags, "--epochs", 1000) as (process, stdout):
             if delays.random() < 0.85:  # else at its start
-                wait_for("results", process)  # the last line before it trains or resumes
+                wait_for("results", stdout)  # the last line before it trains or resumes
             time.sleep(delays.uniform(0, epoch))
             if number % 2:  # to answer takes milliseconds, in which a save may end: the others are not asked
                 moments[ask(process, killed / "stack")] += 1
             elif number % 4:  # in the midst of a save, which is short
                 while not temporaries(killed) - before:
-                    assert process.poll() is None, process.stdout.read()
-        assert process.returncode == -signal.SIGKILL
+                    assert process.is_alive(), stdout.read()
+        assert process.exitcode == -signal.SIGKILL
         states = {path.name: checkpoint.load(path) for path in killed.glob("checkpoints/*.pth")}
         steps.append(states.get("latest.pth", {"step": 0})["step"])
         leftovers += bool(temporaries(killed) - before)
