@@ -9,9 +9,7 @@ from src.utils import cores, errors, flags, settings
 def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("sample"), BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_model_flags("samples")
-    parser.add_argument(
-        "--interpolate", action="store_true", help="also interpolate from image 0 to 1; default: dpmpp_2m"
-    )
+    parser.add_argument("--interpolate", action="store_true", help="also interpolate from image 0 to 1, by dpmpp_2m")
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()

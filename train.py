@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,11 +129,8 @@ class Trainer:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
         args, model = self.args, self.learner.ema.model
         generator = Generator(model, self.diffusion, args.sampler, args.steps, args.eta, self.precision)
-        images = self.world.divide(
-            lambda indices: generator.images(args.seed, indices, lambda x_t: signals.check()),
-            args.num_samples,
-            args.batch_size,
-        )
+        draw = partial(generator.images, args.seed, on_step=lambda x_t: signals.check())
+        images = self.world.divide(draw, args.num_samples, args.batch_size)
         return pictures.image_grid(torch.cat(list(images)))
 
     def run(self) -> int:
@@ -186,9 +184,8 @@ def train(args: argparse.Namespace, world: World) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    directory, *_ = directories.make_directories(
-        {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
-    )
+    paths = {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
+    directory, *_ = directories.make_directories(paths)
     device = devices.pick_device(args.device)
     cores.share()
     with (
