@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
 
 def main(args: argparse.Namespace) -> int:
     device = devices.pick_device(args.device)
-    cores.share()
+    cores.share(device)
     with World(device) as world, devices.float32_kernels(device, fast=True):
         evaluate(args, world)
     return 0

@@ -100,7 +100,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
 
 def main(args: argparse.Namespace) -> int:
     device = devices.pick_device(args.device)
-    cores.share()
+    cores.share(device)
     with World(device) as world, devices.float32_kernels(device, fast=True):
         return sample(args, world)
 

@@ -77,8 +77,8 @@ class Trainer:
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""
         args, learner, share = self.args, self.learner, self.world.share(self.args.batch_size)
-        if not learner.batch:  # only here: a resumed epoch goes on with its number of threads, and so to the same bits
-            cores.share()
+        if not (learner.batch or args.compile):  # in mid-epoch it would change the bits; compiled, compile anew
+            cores.share(self.device)
         monitor.start_epoch(learner.epoch + 1, args.epochs, learner.steps)
         data = self.images, self.labels, args.batch_size, args.seed, learner.epoch, learner.batch, share
         for x0, y in datasets.batches(*data):
@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> int:
     paths = {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
     directory, *_ = directories.make_directories(paths)
     device = devices.pick_device(args.device)
-    cores.share()
+    cores.share(device)
     with (
         World(device) as world,
         lock.hold(directory) if world.is_main else nullcontext(),

@@ -238,7 +238,7 @@ def show_memory(plan: Plan) -> None:
 
 # How a training divides the cores with other programs: what is set in the environment before torch is loaded.
 SHARING = {
-    "as train.py chooses": {},
+    "as train.py chooses at its start": {},
     "a thread for each core": {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     "the same, OMP_WAIT_POLICY=PASSIVE": {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -252,7 +252,7 @@ def training_speed(settings: dict[str, Any], seconds: float) -> float:
     """Images a second of a training, after a few steps to warm up."""
     cores.last = cores.read()
     time.sleep(2)  # as long as train.py takes to start
-    cores.share()
+    cores.share(torch.device("cpu"))
     run = trainer(4096, **settings)
     step = ours("", run).train_step
     drawn = contestants.batches(run)
@@ -268,6 +268,7 @@ def training_speed(settings: dict[str, Any], seconds: float) -> float:
 def show_contention(plan: Plan) -> None:
     """A training's speed on the CPU beside busy processes, by how it divides the cores with them."""
     settings, speeds = plan.settings | {"device": "cpu"}, {(name, n): [] for name in SHARING for n in plan.busy}
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     for busy in plan.busy:
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         try:
@@ -275,7 +276,7 @@ def show_contention(plan: Plan) -> None:
                 for name, variables in SHARING.items():
                     log.info("measuring contention: %s, %d busy processes beside", name, busy)
                     with (
-                        mock.patch.dict(os.environ, variables),
+                        mock.patch.dict(os.environ, free | variables, clear=True),
                         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
                     ):
                         speed = process.submit(training_speed, settings, plan.seconds).result()

@@ -23,7 +23,8 @@ class Learner(Protocol):
 
     model: Any  # the network
     ema: Any  # its `model` has the averaged weights
-    epoch: int
+    epoch: int  # how many are done
+    batch: int  # how many of the next epoch are done
     steps: int
 
     def synchronize(self) -> None:
@@ -105,8 +106,11 @@ class Run:
         self.init_from = state.get("init_from")
         with checkpoint.explained(path):
             self.learner.load(state)
-        cores.use(state.get("threads", cores.most_threads()))  # another number would add in another order
         learner = self.learner
+        if learner.batch and (threads := state.get("threads")):  # another number would add in another order
+            cores.use(threads, "as before in this epoch")
+            if torch.get_num_threads() != threads:
+                log.warning("from here on, %d threads compute, not %d as before", torch.get_num_threads(), threads)
         log.info("RESUMING %s: %d of %d epochs done, step %d", path, learner.epoch, self.args.epochs, learner.steps)
 
     def _check(self, path: Path, saved: Mapping[str, Any]) -> None:

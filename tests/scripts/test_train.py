@@ -761,18 +761,30 @@ def test_a_resumed_run_says_that_it_computes_in_another_precision(quick, caplog,
     assert "computes in torch.float32, not in torch.bfloat16 as before" in caplog.text
 
 
-def test_a_resumed_epoch_goes_on_with_its_number_of_threads(quick, saved, stop_at, monkeypatch):
+def test_a_resumed_epoch_goes_on_with_its_number_of_threads(quick, saved, stop_at, monkeypatch, caplog):
     used = []
+    monkeypatch.setattr(cores, "share", lambda device: used.append("shared anew"))
+    monkeypatch.setattr(cores, "use", lambda threads, why: used.append(threads))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(cores, "share", lambda: used.append("shared anew"))
-    monkeypatch.setattr(cores, "use", used.append)
     stop_at(2)
     quick("run")
     assert saved("run")["threads"] == 7
     used.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)  # as if OMP_NUM_THREADS did not let it have seven
     quick("run", "--epochs", 2)
     # When it starts, then what the checkpoint says for the rest of the first epoch, then at the second epoch.
     assert used == ["shared anew", 7, "shared anew"]
+    assert "from here on, 5 threads compute, not 7 as before" in caplog.text
+
+
+def test_a_run_that_is_resumed_between_epochs_chooses_its_threads_anew(quick, monkeypatch):
+    used = []
+    monkeypatch.setattr(cores, "use", lambda threads, why: used.append(threads))
+    quick("run", "--epochs", 1)
+    used.clear()
+    monkeypatch.setattr(cores, "share", lambda device: None)
+    quick("run", "--epochs", 2)
+    assert used == []
 
 
 def test_a_longer_training_says_that_its_learning_rate_is_another(quick, caplog):

@@ -189,9 +189,16 @@ def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_pro
 # ---- fifty kills of one training ---------------------------------------------------------------------------
 
 
+ALONE = {"OMP_NUM_THREADS": "1"}  # all have the same number of threads, whatever is set from outside
+
+
 def run_witness(output: int, folder: Path, *flags: object) -> None:
-    """train.py as it is, with both outputs to the file descriptor `output`; notes on SIGUSR1 what it is at."""
+    """train.py, started in a fork of this process, with both outputs to the file descriptor `output`.
+
+    It notes on SIGUSR1 what it is at.
+    """
     os.chdir(folder)
+    os.environ.update(ALONE)
     os.dup2(output, 1)
     os.dup2(output, 2)
     logging.getLogger().handlers.clear()  # those of pytest
@@ -286,7 +293,7 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
 
     flags += ["--epochs", states["latest.pth"]["epoch"] + 1]
     for folder in folders:
-        done = run_script("train.py", *flags, cwd=folder)
+        done = run_script("train.py", *flags, cwd=folder, env=ENVIRONMENT | ALONE)
         assert (done.returncode, done.stderr) == (0, "")
     for name in ("best.pth", "latest.pth", "final.pth"):
         end, expected = (checkpoint.load(folder / "checkpoints" / name) for folder in folders)
