@@ -50,7 +50,7 @@ def write_samples(
 ) -> None:
     """Write NUM_SAMPLES images and a grid of the first; with --gif an animation, with --interpolate a strip of frames.
 
-    With classes, the number is rounded up to a multiple of their number, so that each gets equally many images.
+    With classes in turn, called `names`, the number is rounded up so that each gets equally many images.
     """
     count = args.num_samples + (-args.num_samples % len(names) if names else 0)
     how = f"{count} images{' of ' * bool(names)}{', '.join(names)}, {args.sampler}, {generator.steps} steps"
@@ -87,11 +87,11 @@ def sample(args: argparse.Namespace, world: World) -> int:
     state = checkpoint.load(path, weights := "model" if args.raw_weights else "ema")
     with checkpoint.explained(path):
         unet, diffusion = restore(state, world.device, weights)
-    classes = flags.pick_classes(args.classes, state["settings"]["classes"])
+    classes, counts = flags.pick_classes(args.classes, state["settings"])
     names = [state["settings"]["classes"][label] for label in classes]
     precision = devices.pick_precision(args.precision, world.device)
     with errors.setting_errors():
-        how = args.sampler, args.steps, args.eta, precision, classes, args.guidance_scale
+        how = args.sampler, args.steps, args.eta, precision, classes, counts, args.guidance_scale
         generator = Generator(unet, diffusion, *how)
     (directory,) = directories.make_directories({"output_dir": args.output_dir})
     write_samples(generator, args, directory, world, names)

@@ -63,12 +63,14 @@ class Trainer:
         where = args.dataset, args.data_path
         images, labels = world.main_first(lambda: datasets.load(*where, "train", args.image_size, args.channels))
         count = datasets.training_count(len(images), args.val_size, args.batch_size)
-        self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
+        self.images, self.labels = images[:count], labels[:count]
+        self.held_out = images[count:], labels[count:] if args.class_conditional else None
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
 
-        values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
-        values["classes"] = list(datasets.classes(*where)) if args.class_conditional else []
+        self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
+        names = list(datasets.classes(*where)) if args.class_conditional else []
+        values["classes"], values["class_counts"] = names, datasets.class_counts(self.labels, len(names))
         self.data = datasets.fingerprint(images, labels)
         model, self.diffusion = build(values, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, values)
@@ -120,15 +122,16 @@ class Trainer:
 
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
-        args, model, count = self.args, self.learner.ema.model, len(self.held_out)
-        held_out = datasets.in_order(self.held_out, args.batch_size)
+        args, model, count = self.args, self.learner.ema.model, len(self.held_out[0])
+        held_out = datasets.in_order(*self.held_out, args.batch_size)
         with devices.float32_kernels(self.device, fast=False):
             return validation_loss(model, self.diffusion, held_out, count, args.seed, self.world, signals.check)
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
         args, model = self.args, self.learner.ema.model
-        generator = Generator(model, self.diffusion, args.sampler, args.steps, args.eta, self.precision)
+        how = args.sampler, args.steps, args.eta, self.precision
+        generator = Generator(model, self.diffusion, *how, class_counts=self.values["class_counts"])
         draw = partial(generator.images, args.seed, on_step=lambda x_t: signals.check())
         images = self.world.divide(draw, args.num_samples, args.batch_size)
         return pictures.image_grid(torch.cat(list(images)))

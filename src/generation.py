@@ -55,6 +55,18 @@ class ImageNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.streams]).to(self.device)
 
 
+def draw_classes(counts: Sequence[float], seed: int, indices: Sequence[int]) -> Tensor:
+    """Draw y ~ p(y) for the images `indices` of a seed, (B,) int64; `counts` are the relative frequencies p(y).
+
+    The class of image i depends on (seed, i) alone, and is independent of its noise.
+    """
+    # The first word of each SeedSequence seeds the noise. The upper 53 bits of the second give u, uniform in [0, 1).
+    words = [int(np.random.SeedSequence((seed, i)).generate_state(2, np.uint64)[1]) for i in indices]
+    u = np.array([word >> 11 for word in words]) / 2**53  # (B,)
+    cumulative = np.cumsum(counts)  # (K,)
+    return torch.from_numpy(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+
+
 class Generator:
     """A network with a sampler, for generating images.
 
@@ -64,7 +76,9 @@ class Generator:
         steps: sampling steps, at most T (else ValueError); 0 means the sampler's default, or T if that is less.
         eta: noise of DDIM, from 0 (deterministic) to 1 (as DDPM); other samplers ignore it.
         precision: of the network's arithmetic; the sampler computes in float32.
-        classes: the labels to generate in turn; empty for images without a class.
+        classes: the labels to generate in turn; empty for classes that are drawn.
+        class_counts: relative frequencies p(y) of the classes. Without `classes`, each image is sampled from p(x) by
+            drawing its class y from p(y), then x from p(x | y). Empty: such images have no class.
         guidance_scale: of classifier-free guidance; 1 = conditional prediction only, 0 = unconditional.
     """
 
@@ -77,16 +91,20 @@ class Generator:
         eta: float = 0.0,
         precision: torch.dtype = torch.float32,
         classes: Sequence[int] = (),
+        class_counts: Sequence[float] = (),
         guidance_scale: float = 1.0,
     ) -> None:
         self.unet, self.diffusion, self.precision = unet, diffusion, precision
-        self.sampler, self.classes, self.guidance_scale = sampler, classes, guidance_scale
+        self.sampler, self.guidance_scale = sampler, guidance_scale
+        self.classes, self.class_counts = classes, class_counts
         self.shape = (unet.channels, unet.image_size, unet.image_size)
         self.device = next(unet.parameters()).device
         self.steps = steps or min(SAMPLERS[sampler].steps, diffusion.time_steps)
         self.options = {"eta": eta} if sampler == "ddim" else {}
         if self.steps > diffusion.time_steps:
             raise ValueError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
+        if guidance_scale != 1 and unet.label is None:
+            raise ValueError("--guidance_scale is for models that were trained with classes")
 
     def images(self, seed: int, indices: Sequence[int], on_step: Callable[[Tensor], None] | None = None) -> Tensor:
         """Generate one batch, the images `indices` of a seed, uint8 (B,C,H,W) on the CPU.
@@ -95,26 +113,30 @@ class Generator:
         by one grey level. `on_step` is called with every x_t (B,C,H,W), the last of which is x_0.
         """
         draw = ImageNoise(seed, indices, self.shape, self.device)
-        return self._sample(draw(), draw, self.labels(indices), on_step)
+        return self._sample(draw(), draw, self.labels(seed, indices), on_step)
 
-    def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """The class of each of these images, (B,) int64: `classes` in turn. None without classes."""
-        if not self.classes:
+    def labels(self, seed: int, indices: Sequence[int]) -> Tensor | None:
+        """The class of each of these images, (B,) int64: `classes` in turn, or drawn. None without classes."""
+        if self.classes:
+            return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
+        if not len(self.class_counts):
             return None
-        return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
+        return draw_classes(self.class_counts, seed, indices).to(self.device)
 
     def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
         """Images from x_T on the arc between the noises of images 0 and 1 of a seed, uint8 (frames,C,H,W).
 
-        All have the first of `classes`. The sampler must be deterministic (else ValueError): then neighbouring frames
-        are similar, and with at most one class the first and last frame are images 0 and 1.
+        All have the class of image 0. The sampler must be deterministic (else ValueError): then neighbouring frames
+        are similar, the first frame is image 0, and the last is image 1 if that has the same class.
         """
         if SAMPLERS[self.sampler].stochastic or self.options.get("eta"):
             raise ValueError("interpolation needs a deterministic sampler")
         draw = ImageNoise(seed, range(2), self.shape, self.device)
         first, last = draw()
         noises = slerp(first, last, torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
-        return torch.cat([self._sample(x_T, draw, self.labels([0] * len(x_T))) for x_T in noises.split(batch_size)])
+        return torch.cat(
+            [self._sample(x_T, draw, self.labels(seed, [0] * len(x_T))) for x_T in noises.split(batch_size)]
+        )
 
     def _sample(
         self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from src.diffusion import Diffusion, Network, draw_times, send
+from src.diffusion import Diffusion, draw_times, send
 from src.ema import EMA
 from src.model import UNet, autocast
 
@@ -175,9 +175,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
 
 @torch.inference_mode()
 def validation_loss(
-    network: Network,
+    network: Callable[..., Tensor],
     diffusion: Diffusion,
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
     count: int,
     seed: int,
     world: Processes,
@@ -185,20 +185,21 @@ def validation_loss(
 ) -> float:
     """The loss on `count` held-out images, with the same t and eps at every call, so that epochs can be compared.
 
-    The images come in `batches` (B,C,H,W) float32 in [-1, 1] on the CPU, of which each process evaluates its share.
-    The timesteps are spread evenly over all noise levels, and `seed` determines eps. The network is given no class, so
-    that conditional and unconditional models can be compared. `on_batch` is called after each batch.
+    The `batches` are images (B,C,H,W) float32 in [-1, 1] and their classes (B,) on the CPU, of which each process
+    evaluates its share; None instead of classes if the network is to be given none. The timesteps are spread evenly
+    over all noise levels, and `seed` determines eps. `on_batch` is called after each batch.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, first = [], 0  # scalars on the device, each the sum over this process's share of a batch
-    for x0 in batches:
+    for x0, y in batches:
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.arange(first, first + len(x0)) * diffusion.time_steps // count  # (B,)
         first += len(x0)
         share = world.share(len(x0))
         if len(t[share]):  # the last batch may have fewer images than there are processes
             x0_i, eps_i = send(x0[share], diffusion.device), send(eps[share], diffusion.device)
-            losses.append(diffusion.loss(network, x0_i, t[share], eps_i) * len(t[share]))
+            predict = network if y is None else partial(network, y=send(y[share], diffusion.device))
+            losses.append(diffusion.loss(predict, x0_i, t[share], eps_i) * len(t[share]))
         on_batch()
     _add(total := torch.zeros((), dtype=torch.float64), losses)
     return (world.mean(total) * world.size / count).item()

@@ -7,6 +7,7 @@ To add a data set, add a row to DATASETS; its key is the value of --dataset. `fe
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,11 @@ def fingerprint(images: Images, labels: Tensor) -> str:
     return cache.key(str(tuple(images.shape)), labels)
 
 
+def class_counts(labels: Tensor, classes: int) -> list[int]:
+    """Return how many of `labels` (N,) belong to each class; [] if there are no classes."""
+    return labels.bincount(minlength=classes).tolist() if classes else []
+
+
 def training_count(count: int, val_size: int, batch_size: int) -> int:
     """Return how many of `count` images remain for training when the last `val_size` are held out for validation.
 
@@ -212,13 +218,16 @@ def batches(
         yield normalise(x), labels[indices]
 
 
-def in_order(images: Images, batch_size: int) -> Iterator[Tensor]:
-    """Yield all images in order, on the CPU, as batches x0 (B, C, H, W) float32 in [-1, 1]; the last may be smaller.
+def in_order(images: Images, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield all images in order, on the CPU, as batches of x0 (B, C, H, W) float32 in [-1, 1] and y (B,).
+
+    The last batch may be smaller. Without `labels`, every y is None.
 
     Raises:
         UserError: an image file cannot be read.
     """
-    return map(normalise, images.split(batch_size))
+    y = repeat(None) if labels is None else labels.split(batch_size)
+    yield from zip(map(normalise, images.split(batch_size)), y, strict=False)  # strict would exhaust repeat(None)
 
 
 def _row(name: str) -> Dataset:

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from src.data import datasets
 from src.data.folder import Images
-from src.diffusion import Diffusion
 from src.generation import Generator, restore
-from src.model import UNet
 from src.scores import classifier, copies, inception, likelihood, metrics, report
 from src.utils import checkpoint, devices, errors, flags, pictures
 from src.utils.distributed import World
@@ -54,8 +52,15 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes that are generated in turn; empty for images without a class."""
+        """The names of the classes that are generated in turn; empty if classes are drawn, or there are none."""
         return [self.settings["classes"][label] for label in self.generator.classes]
+
+    @property
+    def class_choice(self) -> str:
+        """How the class of each image is chosen."""
+        if self.classes:
+            return "in turn"
+        return "drawn" if self.generator.class_counts else "none"
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ def load_model(
         device: of the network and of the images.
         sampler, steps, eta, guidance_scale: as for `Generator`.
         precision: "float32", "bfloat16" or "auto".
-        classes: names or numbers of the classes to generate in turn, or "all" alone; empty for images without a class.
+        classes: as --class: names or numbers of the classes to generate in turn, or "all" or "none" alone; empty for
+            classes that are drawn.
 
     Raises:
         UserError: the checkpoint cannot be read, or the model has no such classes or too few timesteps.
@@ -150,10 +156,11 @@ def load_model(
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # at once: a training may replace the file meanwhile
     with checkpoint.explained(path):
         unet, diffusion = restore(state, device)
-    labels = flags.pick_classes(classes, state["settings"]["classes"])
+    labels, counts = flags.pick_classes(classes, state["settings"])
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
-        generator = Generator(unet, diffusion, sampler, steps, eta, dtype, labels, guidance_scale)
+        how = sampler, steps, eta, dtype, labels, counts, guidance_scale
+        generator = Generator(unet, diffusion, *how)
     return Model(file, sha256, state["settings"], generator)
 
 
@@ -169,8 +176,10 @@ def folder_name(model: Model, options: Options) -> str:
         parts.append(f"eta{eta:g}")
     if model.classes:
         parts.append(f"class-{_classes_in_short(model.classes, model.settings['classes'])}")
-        if generator.guidance_scale != 1:
-            parts.append(f"guidance{generator.guidance_scale:g}")
+    elif model.settings["classes"] and model.class_choice == "none":
+        parts.append("class-none")
+    if generator.guidance_scale != 1:
+        parts.append(f"guidance{generator.guidance_scale:g}")
     parts += [f"n{options.num_samples}", f"seed{options.seed}"]
     if options.classifier_only:
         parts.append("classifier_only")
@@ -214,7 +223,7 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
     scores = collect(scorers)
     facts = protocol(model, options, len(data.reference), len(data.test)) | scorers.networks
     if not options.classifier_only:
-        bound, extent = bits_per_dim(generator.unet, generator.diffusion, data.test, options.seed)
+        bound, extent = bits_per_dim(generator, data.test, data.test_labels, options.seed)
         scores, facts = scores | bound, facts | extent
     text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
     with errors.writing(directory / "metrics.json"):
@@ -229,7 +238,7 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     """Load both splits of the data set on which the model was trained, in the size and colours of the model.
 
     Raises:
-        SettingError: images of certain classes are asked for, and the data set has other classes than the model.
+        SettingError: images have classes, and those of the data set are others.
         UserError: the data set cannot be had.
     """
     settings, labels = model.settings, model.generator.classes
@@ -237,8 +246,11 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     # The main process loads first, since it may have to download the files that the others then find.
     test, test_labels = world.main_first(lambda: datasets.load(name, options.data_path, "test", size, channels))
     classes = datasets.classes(name, options.data_path)
-    if labels and classes != tuple(settings["classes"]):
-        raise errors.SettingError(f"--class: the classes in {options.data_path} are not those of the model")
+    if model.class_choice != "none" and classes != tuple(settings["classes"]):
+        raise errors.SettingError(
+            f"the classes in {options.data_path} are not those of the model: give the --data_path of its training, or "
+            "--class none"
+        )
     reference = test[torch.isin(test_labels, torch.tensor(labels)).nonzero()[:, 0]] if labels else test
     training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
     return Data(training, training_labels, test, test_labels, reference, classes)
@@ -282,7 +294,7 @@ def generate(generator: Generator, options: Options, scorers: Sequence[Scorer], 
             return generator.images(options.seed, indices, on_step)
 
         for batch in world.divide(images, options.num_samples, options.batch_size):
-            labels = generator.labels(range(count, count + len(batch)))
+            labels = generator.labels(options.seed, range(count, count + len(batch)))
             for scorer in scorers:
                 scorer.update(batch, labels)
             count += len(batch)
@@ -309,20 +321,25 @@ def collect(scorers: Scorers) -> dict[str, Any]:
 
 
 def bits_per_dim(
-    unet: UNet, diffusion: Diffusion, test: Images, seed: int
+    generator: Generator, test: Images, labels: Tensor, seed: int
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Estimate the variational bound of the first test images, and say how.
+
+    The network is given the class of each image, if it generates images of classes.
 
     Returns:
         The scores `bits_per_dim` and its standard error `bits_per_dim_error`; and the protocol's entry `bits_per_dim`.
     """
+    unet, diffusion, counts = generator.unet, generator.diffusion, generator.class_counts
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
+    how = seed, times, BOUND_BATCH
     with progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
-        bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], seed, times, BOUND_BATCH, bar.update)
+        own = test[:images], labels[:images] if counts else None, counts
+        bits, error = likelihood.bits_per_dim(unet, diffusion, *own, *how, bar.update)
     extent = {
         "images": images,
         "timesteps_of_each": times,
-        "network": "float32, unconditional; padding pixels included",
+        "network": f"float32, {'class-conditional' if counts else 'unconditional'}; padding pixels included",
     }
     return {"bits_per_dim": bits, "bits_per_dim_error": error}, {"bits_per_dim": extent}
 
@@ -343,6 +360,7 @@ def protocol(model: Model, options: Options, reference_count: int, test_count: i
             "sampler": generator.sampler,
             "steps": generator.steps,
             **generator.options,
+            "class_choice": model.class_choice,
             "classes": model.classes,
             "guidance_scale": generator.guidance_scale,
             "seed": options.seed,

@@ -8,7 +8,8 @@ so only models of one image size can be compared.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from src.utils.devices import float32_kernels
 
 @torch.inference_mode()
 def bits_per_dim(
-    network: Network,
+    network: Callable[..., Tensor],
     diffusion: Diffusion,
     images: Images,
+    labels: Tensor | None,
+    class_counts: Sequence[float],
     seed: int,
     times_per_image: int,
     batch_size: int,
@@ -42,10 +45,15 @@ def bits_per_dim(
     The standard error refers to the mean over the population from which the images are a sample. It includes the
     variation between images, timesteps and noises. For a single image it is NaN.
 
+    With the classes y of the images, the bound is that of p(x_0, y), which is at most p(x_0) = Σ_y p(y) p(x_0 | y):
+    -log p(y) is added to the bound of p(x_0 | y).
+
     Args:
-        network: maps (x_t, t) to a prediction, t (B,).
+        network: maps (x_t, t) to a prediction, t (B,), or with classes (x_t, t, y).
         diffusion: the process for which the network was trained.
         images: (N,C,H,W) uint8, on the CPU. Only the network's inputs are copied to its device.
+        labels: the classes y, (N,), or None for a bound without classes.
+        class_counts: relative frequencies p(y); ignored without classes.
         seed: of timesteps and noises; the global random state is neither read nor changed.
         times_per_image: K, network evaluations per image, from 2 to T.
         batch_size: images per network evaluation; the estimate does not depend on it, except for rounding.
@@ -58,14 +66,19 @@ def bits_per_dim(
         raise ValueError(f"times_per_image is {times_per_image}: choose 2 to {diffusion.time_steps}, all timesteps")
     n = len(images)
     generator = torch.Generator().manual_seed(seed)
-    images = images[torch.randperm(n, generator=generator)]  # the standard error assumes a random order
+    order = torch.randperm(n, generator=generator)  # the standard error assumes a random order
+    images, y = images[order], None if labels is None else labels[order]  # (N, C, H, W), (N,)
     times, factors = choose_times(diffusion, n, times_per_image, generator)
     nats = prior_kl(diffusion, normalise(images))
+    if y is not None:
+        p_y = torch.tensor(class_counts, dtype=torch.float64)
+        nats -= (p_y / p_y.sum()).log()[y]
     for k in range(times_per_image):
         for rows in torch.arange(n).split(batch_size):
             eps = torch.randn(images[rows].shape, generator=generator)
             with float32_kernels(diffusion.device, fast=False):
-                term = bound_term(network, diffusion, images[rows], times[rows, k], eps)
+                predict = network if y is None else partial(network, y=y[rows].to(diffusion.device))
+                term = bound_term(predict, diffusion, images[rows], times[rows, k], eps)
             nats[rows] += factors[rows, k] * term
             if on_batch is not None:
                 on_batch(len(rows))

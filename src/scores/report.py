@@ -78,9 +78,13 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
         facts.append(("bits per dimension", bound))
     median, median_test = scores["nearest_median"], scores["nearest_median_test"]
     flagged, threshold = scores["nearest_flagged"], scores["nearest_threshold"]
-    classes = ""
-    if generated["classes"]:
-        classes = f" of {', '.join(generated['classes'])} (guidance {generated['guidance_scale']:g})"
+    classes = {
+        "in turn": f" of {', '.join(generated['classes'])} in turn",
+        "drawn": " of classes drawn with their frequencies in training",
+        "none": " without a class",
+    }[generated["class_choice"]]
+    if generated["guidance_scale"] != 1:
+        classes += f" (guidance {generated['guidance_scale']:g})"
     sampling = f"{generated['sampler']}, {generated['steps']} steps, seed {generated['seed']}"
     facts += [
         ("nearest training image", f"at {median:.2f} (median; of test images {median_test:.2f})"),

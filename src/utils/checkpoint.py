@@ -91,7 +91,8 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
         kind = {"ema": "averaged", "model": "raw"}[weights]
         raise UserError(f"{path} holds no {kind} weights: give another file, or other weights")
     if "settings" in state:
-        state["settings"] = UNRECORDED | state["settings"]
+        equal = {"class_counts": [1] * len(state["settings"].get("classes", []))}  # of each class as many images
+        state["settings"] = UNRECORDED | equal | state["settings"]
     return state
 
 

@@ -7,7 +7,7 @@ values are in settings.py. This module imports no heavy package, so that --help 
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
@@ -86,8 +86,9 @@ class Parser(argparse.ArgumentParser):
             nargs="+",
             default=[],
             metavar="CLASS",
-            help="classes to generate in turn, by name or number, or all; sample.py makes equally many images of each "
-            "(default: no class)",
+            help="classes to generate in turn, by name or number, or all; sample.py makes equally many images of "
+            "each; none = images without a class, by the network's unconditional prediction (default: the class of "
+            "each image is drawn with its frequency in the training images)",
         )
         self.add_argument(
             "--output_dir",
@@ -130,18 +131,28 @@ def comments_of(config: ModuleType) -> dict[str, str]:
     return {name: comment.replace("%", "%%") for name, comment in lines}
 
 
-def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
-    """Convert the classes given as --class to labels.
+def pick_classes(asked: Sequence[str], model: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Convert the classes given as --class to `classes` and `class_counts` of a `generation.Generator`.
 
     Args:
-        asked: names, or numbers as text; or "all" alone, which stands for all classes in order.
-        known: the name of each class of the model; empty for an unconditional model.
+        asked: names, or numbers as text, of classes to generate in turn; or one word alone: "all" stands for all
+            classes in order, "none" for images without a class. Empty for classes that are drawn.
+        model: the settings of its checkpoint.
+
+    Returns:
+        The labels to generate in turn, and the relative frequencies with which classes are drawn if there are none.
 
     Raises:
         SettingError: a class is unknown, or the model is unconditional.
     """
+    if list(asked) == ["none"] and "none" not in model["classes"]:
+        return [], []
+    return _labels(asked, model["classes"]), model["class_counts"]
+
+
+def _labels(asked: Sequence[str], known: Sequence[str]) -> list[int]:
     if asked and not known:
-        raise SettingError("--class is for models that were trained with classes: this one was told none")
+        raise SettingError("--class is for models that were trained with classes: this one was not")
     if list(asked) == ["all"]:
         return list(range(len(known)))
     labels = {str(label): label for label in range(len(known))} | {_plain(name): i for i, name in enumerate(known)}
@@ -150,7 +161,7 @@ def pick_classes(asked: Sequence[str], known: Sequence[str]) -> list[int]:
     for name in asked:
         label = labels.get(name, labels.get(_plain(name)))
         if label is None:
-            choice = f"choose from {', '.join(known)} or their numbers, or give all and nothing else"
+            choice = f"choose from {', '.join(known)} or their numbers, or give all or none and nothing else"
             raise SettingError(f"--class {name} is unknown: {choice}")
         picked.append(label)
     return picked

@@ -44,7 +44,8 @@ class Run:
         args: of train.py.
         learner: what is trained.
         world: the processes; only the main one writes.
-        values: the settings that rebuild the network and that a resumed run must repeat, with "classes".
+        values: the settings that rebuild the network and that a resumed run must repeat, with those of its
+            classes.
         data: fingerprint of the training images.
         precision: of the network's arithmetic, since PRECISION may be auto.
 
@@ -119,7 +120,7 @@ class Run:
         if "model" not in saved or "optimizer" not in saved:
             raise UserError(f"{path} holds no training to resume: move it away, or give another --checkpoint_path")
         before = saved["settings"]
-        refused, noted = settings.changes(before, {k: v for k, v in self.values.items() if k != "classes"})
+        refused, noted = settings.changes(before, self.values)
         if refused:
             raise SettingError(
                 f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "

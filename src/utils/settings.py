@@ -5,7 +5,7 @@ Settings have the names of the constants in config.py. That module is passed as 
 
 import ast
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -165,7 +165,11 @@ REQUIRES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "--beta_start is for --schedule_type linear",
     ),
     "BETA_END": ("SCHEDULE_TYPE", lambda schedule: schedule == "linear", "--beta_end is for --schedule_type linear"),
-    "GUIDANCE_SCALE": ("CLASSES", bool, "--guidance_scale goes with --class"),
+    "GUIDANCE_SCALE": (
+        "CLASSES",
+        lambda classes: classes != ["none"],
+        "--guidance_scale guides towards a class: it does not go with --class none",
+    ),
     "INTERP_STEPS": ("INTERPOLATE", bool, "--interp_steps goes with --interpolate"),
     "OVERWRITE": ("FRESH", bool, "--overwrite goes with --fresh"),
     "IGNORE_MISMATCHED_SIZES": ("INIT_FROM", bool, "--ignore_mismatched_sizes goes with --init_from"),
@@ -221,7 +225,7 @@ def problems(config: ModuleType, values: dict[str, Any], given: Collection[str])
     ]
 
 
-def changes(saved: dict[str, Any], wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Compare the settings (lower-case names) of a checkpoint with those of the run that resumes from it.
 
     Returns:
