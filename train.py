@@ -122,10 +122,10 @@ class Trainer:
 
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
-        args, model, count = self.args, self.learner.ema.model, len(self.held_out[0])
-        held_out = datasets.in_order(*self.held_out, args.batch_size)
+        args, model, (images, labels) = self.args, self.learner.ema.model, self.held_out
+        held_out = datasets.in_order(images, args.batch_size, labels)
         with devices.float32_kernels(self.device, fast=False):
-            return validation_loss(model, self.diffusion, held_out, count, args.seed, self.world, signals.check)
+            return validation_loss(model, self.diffusion, held_out, len(images), args.seed, self.world, signals.check)
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""

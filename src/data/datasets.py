@@ -218,7 +218,7 @@ def batches(
         yield normalise(x), labels[indices]
 
 
-def in_order(images: Images, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def in_order(images: Images, batch_size: int, labels: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield all images in order, on the CPU, as batches of x0 (B, C, H, W) float32 in [-1, 1] and y (B,).
 
     The last batch may be smaller. Without `labels`, every y is None.

@@ -334,8 +334,8 @@ def bits_per_dim(
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
     how = seed, times, BOUND_BATCH
     with progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
-        own = test[:images], labels[:images] if counts else None, counts
-        bits, error = likelihood.bits_per_dim(unet, diffusion, *own, *how, bar.update)
+        y = labels[:images] if counts else None  # (N,)
+        bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], *how, bar.update, y, counts)
     extent = {
         "images": images,
         "timesteps_of_each": times,

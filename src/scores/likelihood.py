@@ -25,12 +25,12 @@ def bits_per_dim(
     network: Callable[..., Tensor],
     diffusion: Diffusion,
     images: Images,
-    labels: Tensor | None,
-    class_counts: Sequence[float],
     seed: int,
     times_per_image: int,
     batch_size: int,
     on_batch: Callable[[int], object] | None = None,
+    labels: Tensor | None = None,
+    class_counts: Sequence[float] = (),
 ) -> tuple[float, float]:
     """Estimate the bound without bias, in bits per dimension, and the standard error of the estimate.
 
@@ -52,12 +52,12 @@ def bits_per_dim(
         network: maps (x_t, t) to a prediction, t (B,), or with classes (x_t, t, y).
         diffusion: the process for which the network was trained.
         images: (N,C,H,W) uint8, on the CPU. Only the network's inputs are copied to its device.
-        labels: the classes y, (N,), or None for a bound without classes.
-        class_counts: relative frequencies p(y); ignored without classes.
         seed: of timesteps and noises; the global random state is neither read nor changed.
         times_per_image: K, network evaluations per image, from 2 to T.
         batch_size: images per network evaluation; the estimate does not depend on it, except for rounding.
         on_batch: called after each network evaluation with the number of images in it; the sum of them is N·K.
+        labels: the classes y of the images, (N,), or None for a bound without classes.
+        class_counts: relative frequencies p(y) of the classes; ignored without `labels`.
 
     Raises:
         ValueError: `times_per_image` is out of range.

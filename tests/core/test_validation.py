@@ -136,5 +136,5 @@ def test_the_sum_over_the_batches_loses_no_small_loss_beside_a_large_one():
     losses = iter([2.0**24] + [1.0] * 15)
     diffusion = SimpleNamespace(time_steps=10, loss=lambda *_: torch.tensor(next(losses)))
     diffusion.device = CPU
-    found = validation_loss(nn.Linear(1, 1), diffusion, [torch.zeros(1, 1, 4, 4)] * 16, 16, 0, World(CPU))
+    found = validation_loss(nn.Linear(1, 1), diffusion, [(torch.zeros(1, 1, 4, 4), None)] * 16, 16, 0, World(CPU))
     assert type(found) is float and found == (2**24 + 15) / 16

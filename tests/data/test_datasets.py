@@ -534,6 +534,9 @@ def test_batch_larger_than_the_data_set_is_refused(numbers):
 
 
 def test_in_order_covers_every_image_once(images):
-    x0 = list(in_order(images, 64))
+    labels = torch.arange(len(images))
+    x0, y = zip(*in_order(images, 64, labels), strict=True)
     assert [len(x) for x in x0] == [64] * 15 + [40]
     assert torch.equal(torch.cat(x0), normalise(images))
+    assert torch.equal(torch.cat(y), labels)
+    assert [y for _, y in in_order(images, 64)] == [None] * 16

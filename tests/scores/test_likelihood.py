@@ -341,3 +341,33 @@ def test_a_single_image_has_no_standard_error():
 def test_impossible_numbers_of_times_are_refused(k):
     with pytest.raises(ValueError, match="choose 2 to 10"):
         bits_per_dim(lambda x_t, t: x_t, Diffusion(10, "cosine"), contrasty(2, 0), 0, k, 2)
+
+
+def test_with_classes_the_bound_is_of_image_and_class_together():
+    """A network that ignores the class: the bound grows by -log2 p(y) for each image, divided among its pixels."""
+    diffusion, images = Diffusion(50, "cosine", prediction="v"), contrasty(20, 0)
+    network = network_of(diffusion, linear())
+    without, _ = bits_per_dim(network, diffusion, images, 0, 4, 8)
+    labels, counts = torch.tensor([0] * 15 + [1] * 5), [6, 2, 0]
+    both, _ = bits_per_dim(lambda x, t, y: network(x, t), diffusion, images, 0, 4, 8, None, labels, counts)
+    surprise = (15 * math.log2(8 / 6) + 5 * math.log2(8 / 2)) / 20
+    assert both == pytest.approx(without + surprise / images[0].numel(), rel=1e-9)
+
+
+def test_each_image_keeps_its_class_when_the_order_changes():
+    """Images that the class determines, and a network that knows them: as cheap as one that knows the only image."""
+    diffusion = Diffusion(50, "cosine", prediction="x0")
+    labels = torch.arange(12) % 3
+    grey = torch.tensor([40, 120, 240], dtype=torch.uint8)[labels]
+    images = grey[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+    known = normalise(torch.tensor([40, 120, 240]))
+
+    def bits(shift: int) -> float:
+        def network(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return known[(y + shift) % 3][:, None, None, None].expand_as(x_t)
+
+        return bits_per_dim(network, diffusion, images, 0, 50, 5, None, labels, [1, 1, 1])[0]
+
+    one = bits_per_dim(lambda x_t, t: known[0].expand_as(x_t), diffusion, images[labels == 0], 0, 50, 5)[0]
+    assert bits(0) == pytest.approx(one + math.log2(3) / 16, abs=0.05)
+    assert bits(1) > 10 * bits(0)  # negative control

@@ -115,6 +115,29 @@ def test_almost_no_dropout_hides_none_and_the_plain_model_is_told_none(quick, mo
     assert not any(name.startswith("label") for name in saved("run")["model"])
 
 
+def test_a_run_records_the_frequencies_and_validates_and_draws_with_classes(quick, monkeypatch, saved, data):
+    """Frequencies of the images trained on, not of those held out, of which the validation has the true classes."""
+    seen, forward = [], UNet.forward
+
+    def spy(self: UNet, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if not self.training:
+            seen.append(y)
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    quick("run", "--epochs", 1, "--num_samples", 3, "--steps", 2)
+    _, labels = datasets.load("fashion-mnist-tiny", data, "train", 28)  # of which `quick` trains on 40
+    counts = saved("run")["settings"]["class_counts"]
+    assert (
+        counts
+        == labels[:40].bincount(minlength=10).tolist()
+        == saved("run", "weights.pth")["settings"]["class_counts"]
+    )
+    *validated, first, last = seen
+    assert torch.equal(torch.cat(validated), labels[40:60])
+    assert torch.equal(first, generation.draw_classes(counts, 0, range(3))) and torch.equal(first, last)
+
+
 # ---- guidance ----------------------------------------------------------------------------------------------
 
 
@@ -223,6 +246,47 @@ def test_an_interpolation_among_several_classes_is_of_the_first(unet):
     assert not torch.equal(several, second)
 
 
+# ---- classes that are drawn --------------------------------------------------------------------------------
+
+
+def test_drawn_classes_have_the_frequencies_of_the_counts():
+    """Each frequency within 4.5 standard errors; a class without images never comes."""
+    n, counts = 5000, [30, 0, 10, 60]
+    drawn = generation.draw_classes(counts, 0, range(n)).bincount(minlength=4) / n
+    p = torch.tensor(counts) / 100
+    assert ((drawn - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt()).all()
+    assert not torch.equal(generation.draw_classes(counts, 1, range(n)).bincount(minlength=4) / n, drawn)
+
+
+def test_a_class_belongs_to_its_image_alone():
+    alone = [generation.draw_classes([1, 2, 3], 5, [i]).item() for i in range(20)]
+    assert generation.draw_classes([1, 2, 3], 5, range(20)).tolist() == alone
+    assert generation.draw_classes([1, 2, 3], 5, [7, 3]).tolist() == [alone[7], alone[3]]
+
+
+def test_classes_are_independent_of_the_noise_and_leave_it_as_it_is():
+    """The mean noise of the images of each class is 0 within 4.5 standard errors."""
+    n = 2000
+    noise = generation.ImageNoise(0, range(n), (1, 1, 1))().flatten()
+    y = generation.draw_classes([1, 1, 1], 0, range(n))
+    for label in range(3):
+        own = noise[y == label]
+        assert abs(own.mean().item()) < 4.5 / len(own) ** 0.5
+
+
+def test_an_image_of_a_drawn_class_is_that_image_of_that_class(unet):
+    diffusion = Diffusion(50, "cosine", prediction="v")
+    drawn = generation.Generator(unet, diffusion, "ddim", 5, class_counts=[1, 1, 1])
+    labels = drawn.labels(0, range(6)).tolist()
+    assert len(set(labels)) == 3  # negative control: else the test would say little
+    images = generate(drawn, 6, 4)
+    for i, label in enumerate(labels):
+        expected = generate(generator(unet, "v", 1.0, label), 6, 4)[i]
+        assert (images[i].int() - expected.int()).abs().max() <= 1  # rounding, in batches of another make-up
+    strip = drawn.interpolate(0, 3, 2)
+    assert torch.equal(strip, generator(unet, "v", 1.0, labels[0]).interpolate(0, 3, 2))
+
+
 # ---- the command line --------------------------------------------------------------------------------------
 
 
@@ -270,25 +334,67 @@ def test_one_class_makes_a_square_grid(draw, tmp_path):
     assert read_png(tmp_path / "out/grid.png").shape == (30, 30)
 
 
-def test_without_class_it_asks_for_none(draw, unet, tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """The classes that the network is given, a list or None for each evaluation."""
     seen = []
-    monkeypatch.setattr(UNet, "forward", lambda self, x, t, y=None: seen.append(y) or torch.zeros_like(x))
-    draw("--num_samples", 2)
+
+    def forward(self: UNet, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        seen.append(y if y is None else y.tolist())
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    return seen
+
+
+def test_without_class_it_draws_one_for_each_image_from_the_training_frequencies(draw, model_file, seen):
+    state = checkpoint.load(model_file)
+    state["settings"]["class_counts"] = [0, 30, 10]
+    checkpoint.save(model_file, state)
+    assert draw("--num_samples", 40) == ["grid.png", *(f"sample_{i:05d}.png" for i in range(40))]
+    assert seen == [generation.draw_classes([0, 30, 10], 0, range(40)).tolist()] * 3
+    assert set(seen[0]) == {1, 2}
+
+
+def test_a_checkpoint_that_records_no_frequencies_has_equal_ones(draw, seen):
+    draw("--num_samples", 60, "--seed", 3)
+    assert seen == [generation.draw_classes([1, 1, 1], 3, range(60)).tolist()] * 3
+    assert set(seen[0]) == {0, 1, 2}
+
+
+def test_class_none_asks_for_none(draw, seen):
+    assert draw("--class", "none", "--num_samples", 2) == ["grid.png", "sample_00000.png", "sample_00001.png"]
     assert set(seen) == {None}
 
 
+def test_guidance_needs_a_class(draw, unet):
+    with pytest.raises(SystemExit, match="2"):
+        draw("--class", "none", "--guidance_scale", 2)
+    plain = UNet(image_size=8, dim=8, dim_mults=(1, 2))
+    with pytest.raises(ValueError, match="trained with classes"):
+        generation.Generator(plain, Diffusion(50, "cosine"), guidance_scale=2.0)
+
+
 def test_classes_are_known_by_name_and_number():
-    known = ["circle", "square", "star"]
-    assert flags.pick_classes(["star", "0"], known) == [2, 0]
-    assert flags.pick_classes(["T-shirt", "ankle boot"], ["ankle-boot", "t-shirt"]) == [1, 0]
-    assert flags.pick_classes(["a", "A"], ["A", "a"]) == [1, 0]  # a folder's may differ so little
-    assert flags.pick_classes(["all"], known) == [0, 1, 2]
-    assert flags.pick_classes([], known) == flags.pick_classes([], []) == []
-    assert flags.pick_classes(["1", "0"], ["1", "10", "2"]) == [0, 0]  # names come first: these are digits
-    with pytest.raises(SettingError, match=r"all is unknown.*nothing else"):
-        flags.pick_classes(["all", "star"], known)
-    with pytest.raises(SettingError, match="this one was told none"):
-        flags.pick_classes(["all"], [])
+    known, counts = ["circle", "square", "star"], [7, 8, 9]
+
+    def pick(asked: list[str], known: list[str] = known) -> list[int]:
+        labels, frequencies = flags.pick_classes(asked, {"classes": known, "class_counts": counts[: len(known)]})
+        assert frequencies == ([] if asked == ["none"] and "none" not in known else counts[: len(known)])
+        return labels
+
+    assert pick(["star", "0"]) == [2, 0]
+    assert pick(["T-shirt", "ankle boot"], ["ankle-boot", "t-shirt"]) == [1, 0]
+    assert pick(["a", "A"], ["A", "a"]) == [1, 0]  # a folder's may differ so little
+    assert pick(["all"]) == [0, 1, 2]
+    assert pick([]) == pick([], []) == pick(["none"]) == pick(["none"], []) == []
+    assert pick(["none"], ["some", "none"]) == [1]  # a folder's name comes before the word
+    assert pick(["1", "0"], ["1", "10", "2"]) == [0, 0]  # names come first: these are digits
+    for word in ("all", "none"):
+        with pytest.raises(SettingError, match=rf"{word} is unknown.*nothing else"):
+            pick([word, "star"])
+    with pytest.raises(SettingError, match="this one was not"):
+        pick(["all"], [])
 
 
 # ---- what images of some classes are compared with --------------------------------------------------------
@@ -330,6 +436,13 @@ def test_images_of_some_classes_are_compared_with_real_ones_of_those(asked, labe
         usual.append(test)
         init(self, training, test)
 
+    told, update = [], classifier.ClassifierScores.update
+
+    def spy_update(self: classifier.ClassifierScores, images: Tensor, labels: Tensor | None = None) -> None:
+        told.append(labels)
+        update(self, images, labels)
+
+    monkeypatch.setattr(classifier.ClassifierScores, "update", spy_update)
     monkeypatch.setattr(metrics, "reference_features", spy_features)
     monkeypatch.setattr(copies.Neighbours, "__init__", spy_init)
     monkeypatch.setattr(inception, "weights", lambda path: path)
@@ -345,5 +458,8 @@ def test_images_of_some_classes_are_compared_with_real_ones_of_those(asked, labe
     assert len(expected) == 500 if len(labels) == 10 else 50 < len(expected) < 150
     assert [torch.equal(seen, expected) for seen in compared] == [True, True]  # by Inception, by the classifier
     assert [torch.equal(seen, images) for seen in usual] == [True]
+    drawn = generation.draw_classes([1] * 10, 0, range(4)).tolist()
+    assert told[0].tolist() == ([labels[i % len(labels)] for i in range(4)] if asked else drawn)
     report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["protocol"]["generated"]["class_choice"] == ("in turn" if asked else "drawn")
     assert report["scores"]["num_reference_images"] == report["protocol"]["reference"]["images"] == len(expected)
