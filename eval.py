@@ -1,4 +1,4 @@
-"""Score a trained model against the test images: python eval.py.
+"""Score a trained model against real images: python eval.py.
 
 Without --output_dir, results go to a folder below OUTPUT_PATH/eval that is named after the model and the sampling.
 """
@@ -23,6 +23,25 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="leave out Inception, whose weights are then not needed, and bits per dimension, which take most of the "
         "time",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=("test", "train", "held_out"),
+        default="test",
+        help="real images to compare with: the test split; the whole train split, as in most papers; or the images "
+        "held out of training, for choosing settings without the test split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=tuple(settings.read_table("scores/inception.py", "RESIZES")),
+        default="bilinear",
+        help="resize of images for Inception: bilinear as in pytorch-fid, or tensorflow as in torch-fidelity; scores "
+        "of one cannot be compared with those of the other (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--crop_frame",
+        action="store_true",
+        help="cut off the black padding before Inception, to compare with scores of 28×28 images",
     )
     return parser.parse_args()
 
@@ -53,7 +72,15 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     if "data_path" not in args.given:  # the default depends on the data set of the checkpoint
         data_path = settings.defaults_for(config, model.settings["dataset"]).get("data_path", data_path)
     options = evaluation.Options(
-        args.num_samples, args.batch_size, args.seed, data_path, args.inception_weights, args.classifier_only
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        data_path=data_path,
+        inception_weights=args.inception_weights,
+        classifier_only=args.classifier_only,
+        reference=args.reference,
+        resize=args.resize,
+        crop_frame=args.crop_frame,
     )
     place = Path(args.output_dir)
     if "output_dir" not in args.given:  # each model and way of sampling has a folder of its own

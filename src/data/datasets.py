@@ -128,18 +128,27 @@ def load(
     """
     if name == FOLDER:
         return _load_folder(root, split, image_size, channels or 3)
-    row = _row(name)
-    padding, remainder = divmod(image_size - row.side, 2)
-    if padding < 0 or remainder:
-        multiple_of_16 = 16 * (row.side // 16 + 1)
-        raise SettingError(
-            f"IMAGE_SIZE is {image_size}: use {row.side} or a larger even number, such as {multiple_of_16}"
-        )
+    row, frame = _row(name), padding(name, image_size)
     if channels not in (None, row.channels):
         raise SettingError(f"CHANNELS is {channels}, but must be {row.channels} with DATASET {name}")
     foreign = {md5 for other in DATASETS.values() if other is not row for md5 in other.md5.values()}
     images, labels = row.read(fetch.gather(row, Path(root), foreign), split)
-    return torch.nn.functional.pad(images, (padding, padding, padding, padding)), labels  # (N, C, H, W), (N,)
+    return torch.nn.functional.pad(images, (frame, frame, frame, frame)), labels  # (N, C, H, W), (N,)
+
+
+def padding(name: str, image_size: int) -> int:
+    """Return how many black pixels `load` adds on each side of an image; 0 for images of a directory.
+
+    Raises:
+        SettingError: the name is unknown, or the data set cannot have this size.
+    """
+    if name == FOLDER:
+        return 0
+    frame, remainder = divmod(image_size - (side := _row(name).side), 2)
+    if frame < 0 or remainder:
+        multiple_of_16 = 16 * (side // 16 + 1)
+        raise SettingError(f"IMAGE_SIZE is {image_size}: use {side} or a larger even number, such as {multiple_of_16}")
+    return frame
 
 
 def classes(name: str, root: str | Path) -> tuple[str, ...]:

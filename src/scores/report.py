@@ -85,12 +85,13 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
     }[generated["class_choice"]]
     if generated["guidance_scale"] != 1:
         classes += f" (guidance {generated['guidance_scale']:g})"
+    split = "images held out of training" if reference["split"] == "held_out" else f"{reference['split']} split"
     sampling = f"{generated['sampler']}, {generated['steps']} steps, seed {generated['seed']}"
     facts += [
         ("nearest training image", f"at {median:.2f} (median; of test images {median_test:.2f})"),
         ("suspiciously near", f"{flagged:.2%} of images, below {threshold:.2f} (1% of test images)"),
         ("generated", f"{generated['images']:,} images{classes}, {sampling}"),
-        ("reference", f"{reference['images']:,} images, {reference['split']} split of {reference['dataset']}"),
+        ("reference", f"{reference['images']:,} images, {split}, of {reference['dataset']}"),
     ]
     if "classifier" in protocol:
         facts.append(("classifier", f"{protocol['classifier']['test_accuracy']:.1%} of the test images right"))

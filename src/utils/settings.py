@@ -4,6 +4,7 @@ Settings have the names of the constants in config.py. That module is passed as 
 """
 
 import ast
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ REQUIRES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "--guidance_scale guides towards a class: it does not go with --class none",
     ),
     "INTERP_STEPS": ("INTERPOLATE", bool, "--interp_steps goes with --interpolate"),
+    "RESIZE": ("CLASSIFIER_ONLY", operator.not_, "--resize is for Inception, not for --classifier_only"),
+    "CROP_FRAME": ("CLASSIFIER_ONLY", operator.not_, "--crop_frame is for Inception, not for --classifier_only"),
     "OVERWRITE": ("FRESH", bool, "--overwrite goes with --fresh"),
     "IGNORE_MISMATCHED_SIZES": ("INIT_FROM", bool, "--ignore_mismatched_sizes goes with --init_from"),
 }

@@ -16,13 +16,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import pytorch_fid.inception
 import torch
+from conftest import TINY
+from pytorch_fid.fid_score import calculate_fid_given_paths
 from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from src.scores import inception
+from src.data import datasets
+from src.scores import inception, metrics
+from src.utils import pictures
 from src.utils.errors import UserError
 
+CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -98,6 +105,23 @@ def test_grayscale_is_three_equal_channels(extractor, seen):
 def test_extractor_stays_in_evaluation_mode(extractor, seen):
     assert not any(module.training for module in extractor.train().network.modules())
     torch.testing.assert_close(extractor(IMAGES[:1])[0], seen[0][:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frame_is_cut_off_before_the_resize(extractor, seen, random_weights):
+    cropped = inception.Extractor(random_weights, frame=2)
+    framed = torch.nn.functional.pad(IMAGES, (2, 2, 2, 2), value=99)
+    assert torch.equal(cropped(framed)[0], seen[0])
+    assert cropped.name == f"{extractor.name}, without a frame of 2 pixels"  # the cache is keyed by the name
+
+
+def test_the_other_resize_is_that_of_torch_fidelity(extractor, seen, random_weights):
+    """Images that torch-fidelity resized itself: in the size of Inception, both networks see the same."""
+    other = inception.Extractor(random_weights, "tensorflow")
+    resized = interpolate_bilinear_2d_like_tensorflow1x(IMAGES.float(), (299, 299), align_corners=False)
+    expected = extractor(resized.round().byte())[0]
+    found, plain = other(IMAGES)[0], seen[0]
+    assert (found - expected).norm() < 0.05 * (plain - expected).norm()  # rounded to grey levels, else the same
+    assert other.name != extractor.name
 
 
 @pytest.mark.parametrize("images", [IMAGES.float(), IMAGES[0], IMAGES.expand(-1, 2, -1, -1)])
@@ -330,6 +354,38 @@ def test_scores_are_those_of_torchmetrics_from_images(real_weights):
     features, _ = extractor(IMAGES)
     expected = plain.inception(IMAGES.expand(-1, 3, -1, -1).contiguous())
     assert (features - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.slow
+def test_fid_is_that_of_pytorch_fid_from_png_files(real_weights, tmp_path, monkeypatch):
+    """Within 1%: pytorch-fid scales pixels to x / 127.5 - 1, torch-fidelity to (x - 128) / 128."""
+    state = torch.load(real_weights, weights_only=True)
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
+    images, _ = datasets.load("fashion-mnist-tiny", TINY, "test", 32)
+    noise = torch.randint(-60, 60, (32, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    kinds = {"real": images[:48], "noisy": (images[48:80].int() + noise).clamp(0, 255).byte()}
+    for name, kind in kinds.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(kind):
+            pictures.save_png(image, tmp_path / name / f"{i}.png")
+    expected = calculate_fid_given_paths([str(tmp_path / name) for name in kinds], 16, CPU, 2048, 0)
+
+    extractor = inception.Extractor(real_weights)
+    scores = metrics.Scores(extractor, metrics.reference_features(kinds["real"], extractor, tmp_path))
+    scores.update(kinds["noisy"])
+    assert scores.compute()["fid"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+def test_features_are_those_of_pytorch_fid_only_with_the_same_resize(real_weights, monkeypatch):
+    state = torch.load(real_weights, weights_only=True)
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
+    images, _ = datasets.load("fashion-mnist-tiny", TINY, "test", 32)
+    with torch.inference_mode():
+        expected = pytorch_fid.inception.InceptionV3()(images[:4].expand(-1, 3, -1, -1) / 255)[0].flatten(1)
+    same, other = (inception.Extractor(real_weights, resize)(images[:4])[0] for resize in ("bilinear", "tensorflow"))
+    assert (same - expected).norm() < 0.02 * expected.norm()
+    assert (other - expected).norm() > 5 * (same - expected).norm()
 
 
 @pytest.mark.slow
