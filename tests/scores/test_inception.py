@@ -382,7 +382,7 @@ def test_features_are_those_of_pytorch_fid_only_with_the_same_resize(real_weight
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
     images, _ = datasets.load("fashion-mnist-tiny", TINY, "test", 32)
     with torch.inference_mode():
-        expected = pytorch_fid.inception.InceptionV3()(images[:4].expand(-1, 3, -1, -1) / 255)[0].flatten(1)
+        expected = pytorch_fid.inception.InceptionV3().eval()(images[:4].expand(-1, 3, -1, -1) / 255)[0].flatten(1)
     same, other = (inception.Extractor(real_weights, resize)(images[:4])[0] for resize in ("bilinear", "tensorflow"))
     assert (same - expected).norm() < 0.02 * expected.norm()
     assert (other - expected).norm() > 5 * (same - expected).norm()
