@@ -54,6 +54,17 @@ def test_many_classes_have_a_short_name_of_their_own():
     assert len(names) == 3 and all(len(text) < 100 and "class-20-of-them-" in text for text in names)
 
 
-@pytest.mark.parametrize("change", [{"num_samples": 10}, {"seed": 1}, {"classifier_only": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": 10},
+        {"seed": 1},
+        {"classifier_only": True},
+        {"reference": "train"},
+        {"reference": "held_out"},
+        {"resize": "tensorflow"},
+        {"crop_frame": True},
+    ],
+)
 def test_another_extent_has_another_name(change):
     assert name(dataclasses.replace(OPTIONS, **change)) != name()

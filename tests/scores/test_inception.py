@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import pytorch_fid.inception
 import torch
-from conftest import TINY
 from pytorch_fid.fid_score import calculate_fid_given_paths
 from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -357,11 +356,11 @@ def test_scores_are_those_of_torchmetrics_from_images(real_weights):
 
 
 @pytest.mark.slow
-def test_fid_is_that_of_pytorch_fid_from_png_files(real_weights, tmp_path, monkeypatch):
+def test_fid_is_that_of_pytorch_fid_from_png_files(real_weights, data, tmp_path, monkeypatch):
     """Within 1%: pytorch-fid scales pixels to x / 127.5 - 1, torch-fidelity to (x - 128) / 128."""
     state = torch.load(real_weights, weights_only=True)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
-    images, _ = datasets.load("fashion-mnist-tiny", TINY, "test", 32)
+    images, _ = datasets.load("fashion-mnist-tiny", data, "test", 32)
     noise = torch.randint(-60, 60, (32, 1, 32, 32), generator=torch.Generator().manual_seed(0))
     kinds = {"real": images[:48], "noisy": (images[48:80].int() + noise).clamp(0, 255).byte()}
     for name, kind in kinds.items():
@@ -377,10 +376,10 @@ def test_fid_is_that_of_pytorch_fid_from_png_files(real_weights, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_features_are_those_of_pytorch_fid_only_with_the_same_resize(real_weights, monkeypatch):
+def test_features_are_those_of_pytorch_fid_only_with_the_same_resize(real_weights, data, monkeypatch):
     state = torch.load(real_weights, weights_only=True)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
-    images, _ = datasets.load("fashion-mnist-tiny", TINY, "test", 32)
+    images, _ = datasets.load("fashion-mnist-tiny", data, "test", 32)
     with torch.inference_mode():
         expected = pytorch_fid.inception.InceptionV3().eval()(images[:4].expand(-1, 3, -1, -1) / 255)[0].flatten(1)
     same, other = (inception.Extractor(real_weights, resize)(images[:4])[0] for resize in ("bilinear", "tensorflow"))

@@ -416,11 +416,22 @@ class Eye:
         return quarters, quarters.repeat(1, 3)[:, :10]
 
 
-@pytest.mark.parametrize(("asked", "labels"), [(["bag", "coat"], [8, 4]), (["all"], [*range(10)]), ([], [*range(10)])])
-def test_images_of_some_classes_are_compared_with_real_ones_of_those(asked, labels, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "labels", "reference"),
+    [
+        (["bag", "coat"], [8, 4], "test"),
+        (["all"], [*range(10)], "test"),
+        ([], [*range(10)], "test"),
+        ([], [*range(10)], "train"),
+        (["bag"], [8], "held_out"),
+    ],
+)
+def test_images_of_some_classes_are_compared_with_real_ones_of_those(
+    asked, labels, reference, data, tmp_path, monkeypatch
+):
     """Of all scores; only copies are looked for among all images, and the test images of all say what is usual."""
     small = ["--dataset", "fashion-mnist-tiny", "--image_size", 28, "--unet_dim", 8, "--unet_dim_mults", 1, 2]
-    settings = vars(arguments(train, *small, "--time_steps", 10))
+    settings = vars(arguments(train, *small, "--time_steps", 10, "--val_size", 150))
     settings["classes"] = list(datasets.classes("fashion-mnist-tiny", data))
     unet, _ = generation.build(settings, CPU)
     checkpoint.save(tmp_path / "model.pth", {"settings": settings, "ema": unet.state_dict()})
@@ -446,16 +457,19 @@ def test_images_of_some_classes_are_compared_with_real_ones_of_those(asked, labe
     monkeypatch.setattr(metrics, "reference_features", spy_features)
     monkeypatch.setattr(copies.Neighbours, "__init__", spy_init)
     monkeypatch.setattr(inception, "weights", lambda path: path)
-    monkeypatch.setattr(inception, "Extractor", lambda path: Eye())
+    monkeypatch.setattr(inception, "Extractor", lambda *_: Eye())
     monkeypatch.setattr(classifier, "trained", lambda *_: Eye())
     monkeypatch.setattr(likelihood, "bits_per_dim", lambda *_: (1.0, 0.1))
     flags = ["--checkpoint", tmp_path / "model.pth", "--data_path", data, "--output_dir", tmp_path, "--device", "cpu"]
-    flags += ["--num_samples", 4, "--steps", 1, *(["--class", *asked] if asked else [])]
+    flags += ["--num_samples", 4, "--steps", 1, "--reference", reference, *(["--class", *asked] if asked else [])]
     assert evaluate.main(arguments(evaluate, *flags)) == 0
 
-    images, classes = datasets.load("fashion-mnist-tiny", data, "test", 28)
-    expected = images[[label in labels for label in classes.tolist()]]
-    assert len(expected) == 500 if len(labels) == 10 else 50 < len(expected) < 150
+    images, _ = datasets.load("fashion-mnist-tiny", data, "test", 28)
+    real, classes = datasets.load("fashion-mnist-tiny", data, "test" if reference == "test" else "train", 28)
+    if reference == "held_out":
+        real, classes = real[-150:], classes[-150:]
+    expected = real[[label in labels for label in classes.tolist()]]
+    assert len(expected) == {"test": 500, "train": 1000}[reference] if len(labels) == 10 else 5 < len(expected) < 150
     assert [torch.equal(seen, expected) for seen in compared] == [True, True]  # by Inception, by the classifier
     assert [torch.equal(seen, images) for seen in usual] == [True]
     drawn = generation.draw_classes([1] * 10, 0, range(4)).tolist()
