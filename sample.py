@@ -59,7 +59,7 @@ def write_samples(
     animated = min(count, args.batch_size, pictures.GRID_IMAGES, gallery.most)
     frames: list[torch.Tensor] = []  # x_t of the first batch, as grids
     step = itertools.count(1)
-    with progress(log, total=count, unit="image", unit_scale=True, desc="sampling") as bar:
+    with progress(log, total=count, unit=" images", unit_scale=True, desc="sampling") as bar:
 
         def on_step(x_t: torch.Tensor) -> None:
             bar.update(len(x_t) * world.size / generator.steps)
@@ -74,7 +74,10 @@ def write_samples(
             frames.append(pictures.image_grid(torch.stack(gallery.shown[:animated])))
             pictures.save_gif(frames, directory / "denoising.gif")
         if args.interpolate:
-            strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
+            with progress(log, total=args.interp_steps, unit=" frames", desc="interpolating") as bar:
+                strip = generator.interpolate(
+                    args.seed, args.interp_steps, args.batch_size, lambda x_t: bar.update(len(x_t) / generator.steps)
+                )
             pictures.save_png(pictures.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
         extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
         log.info("wrote grid.png, %d images%s to %s", count, extras, directory)

@@ -103,18 +103,22 @@ class Generator:
             return None
         return torch.tensor([self.classes[i % len(self.classes)] for i in indices], device=self.device)
 
-    def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
+    def interpolate(
+        self, seed: int, frames: int, batch_size: int, on_step: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """Images from x_T on the arc between the noises of images 0 and 1 of a seed, uint8 (frames,C,H,W).
 
         All have the first of `classes`. The sampler must be deterministic (else ValueError): then neighbouring frames
-        are similar, and with at most one class the first and last frame are images 0 and 1.
+        are similar, and with at most one class the first and last frame are images 0 and 1. `on_step` is that of
+        `images`.
         """
         if SAMPLERS[self.sampler].stochastic or self.options.get("eta"):
             raise ValueError("interpolation needs a deterministic sampler")
         draw = ImageNoise(seed, range(2), self.shape, self.device)
         first, last = draw()
         noises = slerp(first, last, torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
-        return torch.cat([self._sample(x_T, draw, self.labels([0] * len(x_T))) for x_T in noises.split(batch_size)])
+        parts = noises.split(batch_size)
+        return torch.cat([self._sample(x_T, draw, self.labels([0] * len(x_T)), on_step) for x_T in parts])
 
     def _sample(
         self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None

@@ -138,7 +138,7 @@ def _train(network: nn.Module, images: Images, labels: Tensor, device: torch.dev
     network.train()
     with (
         float32_kernels(device, fast=False),
-        progress(log, total=steps, desc="training the classifier", unit="batch") as bar,
+        progress(log, total=steps, desc="training the classifier", unit=" batches") as bar,
     ):
         for epoch in range(EPOCHS):
             for x, y in batches(images, labels, batch_size, seed=0, epoch=epoch):

@@ -273,7 +273,7 @@ def generate(generator: Generator, options: Options, scorers: Sequence[Scorer], 
         (N, C, H, W) uint8, N at most GRID_IMAGES. No other images are kept here.
     """
     shown, count = torch.empty(0, *generator.shape, dtype=torch.uint8), 0
-    with progress(log, total=options.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
+    with progress(log, total=options.num_samples, unit=" images", unit_scale=True, desc="scoring") as bar:
 
         def on_step(x_t: Tensor) -> None:
             bar.update(len(x_t) * world.size / generator.steps)
@@ -294,7 +294,7 @@ def collect(scorers: Scorers) -> dict[str, Any]:
     """Compute all scores, under their names in metrics.json, and "notes", a list of sentences on their limits."""
     scores: dict[str, Any] = {}
     notes: list[str] = []
-    for scorer in scorers.all():
+    for scorer in progress(log, iterable=scorers.all(), desc="computing scores", unit=" parts"):
         computed = scorer.compute()
         notes += computed["notes"]
         scores |= {name: value for name, value in computed.items() if name != "notes"}
@@ -317,7 +317,7 @@ def bits_per_dim(
         The scores `bits_per_dim` and its standard error `bits_per_dim_error`; and the protocol's entry `bits_per_dim`.
     """
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
-    with progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
+    with progress(log, total=images * times, unit=" images", unit_scale=True, desc="bits per dimension") as bar:
         bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], seed, times, BOUND_BATCH, bar.update)
     extent = {
         "images": images,
