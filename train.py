@@ -41,7 +41,7 @@ from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
 from src.utils.monitor import Monitor, Silence, describe
-from src.utils.progress import Pace, duration, progress
+from src.utils.progress import Pace, duration, progress, progress_in_steps
 from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
 
@@ -135,12 +135,11 @@ class Trainer:
         """When the training ends and the next samples come, if each step takes so many seconds."""
         args, learner, begun = self.args, self.learner, self.learner.steps - self.pace.steps
         run = f"the rest of the {args.epochs} epochs takes" if begun else f"{args.epochs} epochs take"
-        which = "next" if begun else "first"
         epoch = next(filter(self.draws, range(learner.epoch + 1, args.epochs + 1)))
         wait = duration((epoch * self.batches_per_epoch - learner.steps) * seconds)
         return (
             f"{run} about {duration((self.steps - begun) * seconds)} at {args.batch_size / seconds:.0f} images/s; "
-            f"the {which} samples come in about {wait}: {self.picture(epoch)}"
+            f"the {'first' if epoch == 1 else 'next'} samples come in about {wait}: {self.picture(epoch)}"
         )
 
     def validate(self, signals: StopSignals) -> float:
@@ -158,10 +157,11 @@ class Trainer:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
         args, model = self.args, self.learner.ema.model
         generator = Generator(model, self.diffusion, args.sampler, args.steps, args.eta, self.precision)
-        with progress(log, total=args.num_samples, unit=" images", desc="drawing samples", leave=False) as bar:
+        bar = {"desc": "drawing samples", "unit": " images", "total": args.num_samples, "leave": False}
+        with progress_in_steps(log, generator.steps, **bar) as advance:
 
             def on_step(x_t: Tensor) -> None:
-                bar.update(len(x_t) * self.world.size / generator.steps)
+                advance(len(x_t) * self.world.size)
                 signals.check()
 
             draw = partial(generator.images, args.seed, on_step=on_step)

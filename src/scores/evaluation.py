@@ -26,7 +26,7 @@ from src.model import UNet
 from src.scores import classifier, copies, inception, likelihood, metrics, report
 from src.utils import checkpoint, devices, errors, flags, pictures
 from src.utils.distributed import World
-from src.utils.progress import progress
+from src.utils.progress import progress, progress_in_steps
 
 log = logging.getLogger(__name__)
 
@@ -273,10 +273,11 @@ def generate(generator: Generator, options: Options, scorers: Sequence[Scorer], 
         (N, C, H, W) uint8, N at most GRID_IMAGES. No other images are kept here.
     """
     shown, count = torch.empty(0, *generator.shape, dtype=torch.uint8), 0
-    with progress(log, total=options.num_samples, unit=" images", unit_scale=True, desc="scoring") as bar:
+    bar = {"total": options.num_samples, "unit": " images", "desc": "scoring"}
+    with progress_in_steps(log, generator.steps, **bar) as advance:
 
         def on_step(x_t: Tensor) -> None:
-            bar.update(len(x_t) * world.size / generator.steps)
+            advance(len(x_t) * world.size)
 
         def images(indices: Sequence[int]) -> Tensor:
             return generator.images(options.seed, indices, on_step)

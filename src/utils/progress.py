@@ -2,11 +2,13 @@
 
 import io
 import logging
+import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -16,8 +18,10 @@ WARM_UP, MEASURED = 20, 80  # steps that a pace leaves out, as slower than the r
 
 
 def on_terminal(log: logging.Logger) -> bool:
-    """Whether bars may be drawn: stderr is a terminal, and `log` is enabled for INFO (without --quiet)."""
-    return log.isEnabledFor(logging.INFO) and sys.stderr is not None and sys.stderr.isatty()
+    """Whether bars can be drawn: `log` is enabled for INFO (no --quiet), and stderr is a terminal with a width."""
+    if not log.isEnabledFor(logging.INFO) or sys.stderr is None or not sys.stderr.isatty():
+        return False
+    return os.get_terminal_size(sys.stderr.fileno()).columns > 0  # 0 in some containers, where tqdm would draw nothing
 
 
 def progress(log: logging.Logger, **kwargs: Any) -> tqdm:
@@ -30,6 +34,20 @@ def progress(log: logging.Logger, **kwargs: Any) -> tqdm:
     if on_terminal(log):
         return tqdm(**kwargs)
     return Lines(log, **kwargs) if log.isEnabledFor(logging.INFO) else tqdm(disable=True, **kwargs)
+
+
+@contextmanager
+def progress_in_steps(log: logging.Logger, steps: int, **kwargs: Any) -> Iterator[Callable[[int], None]]:
+    """Progress of items that take `steps` steps each; yields a function to be called with the items in each step."""
+    done = 0  # steps of single items: an integer, because a sum of fractions would miss the total
+    with progress(log, unit_scale=True, **kwargs) as bar:
+
+        def advance(items: int) -> None:
+            nonlocal done
+            done += items
+            bar.update(min(done / steps, bar.total) - bar.n)
+
+        yield advance
 
 
 class Lines(tqdm):
