@@ -73,7 +73,8 @@ class Classifier:
 
     def accuracy(self, images: Images, labels: Tensor) -> float:
         """The share of images (N, C, H, W) uint8 that are classified correctly, given their labels (N,) int64."""
-        parts = [self(batch)[1].argmax(1).cpu() for batch in images.split(256)]
+        bar = {"total": -(-len(images) // 256), "desc": "testing the classifier", "unit": " batches"}
+        parts = [self(batch)[1].argmax(1).cpu() for batch in progress(log, iterable=images.split(256), **bar)]
         return (torch.cat(parts) == labels).float().mean().item()
 
 

@@ -68,12 +68,14 @@ class Lines(tqdm):
     def line(self) -> str:
         """What is done, with the rate since the tenth last line and the time that is left at this rate."""
         (before, first), now, n = self.marks[0], time.monotonic(), self.n
-        self.marks.append((now, n))
         what = ", ".join(filter(None, (self.desc.removesuffix(": "), self.postfix)))
         line = f"{what}: {n:,.0f} of {self.total:,}{self.unit}"
         if n > first and now > before:
             rate = (n - first) / (now - before)
             line += f", {self.format_sizeof(rate)}{self.unit}/s, {duration((self.total - n) / rate)} left"
+        else:  # no step is done yet: what comes before, such as a compilation, is no part of the rate
+            self.marks.clear()
+        self.marks.append((now, n))
         return line
 
     def display(self, *_args: Any, **_kwargs: Any) -> None:

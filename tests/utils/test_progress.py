@@ -28,7 +28,7 @@ from src.generation import Generator
 from src.model import UNet
 from src.scores import classifier, copies, evaluation, metrics
 from src.training import Learner
-from src.utils import checkpoint, progress
+from src.utils import cache, checkpoint, progress
 from src.utils.distributed import World
 
 log = logging.getLogger("test")
@@ -55,7 +55,8 @@ def info(caplog) -> pytest.LogCaptureFixture:
 
 def test_a_line_says_what_is_done_how_fast_and_what_is_left(clock, info):
     with progress.progress(log, total=11_600_000, initial=100_000, unit=" images", desc="epoch 1/200") as bar:
-        assert bar.line() == "epoch 1/200: 100,000 of 11,600,000 images"  # the first step may be under way for long
+        clock.now += 100  # of compilation, for example, which is no part of the rate
+        assert bar.line() == "epoch 1/200: 100,000 of 11,600,000 images"
         clock.now += 10
         bar.update(3000)
         bar.set_postfix_str("loss 0.5")
@@ -236,6 +237,7 @@ class Slow:
     """Something of an evaluation, with the interface of all of them, that hangs until a line comes."""
 
     num_features, has_logits, name, sha256 = 4, False, "slow", "none"
+    shape, dtype = torch.Size((3, 1, 8, 8)), torch.uint8
 
     def __init__(self, hang: Callable[[], None]) -> None:
         self.hang = hang
@@ -250,7 +252,7 @@ class Slow:
 
     def split(self, size: int) -> Iterator[Tensor]:
         self.hang()
-        yield torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        yield torch.zeros(self.shape, dtype=self.dtype)
 
     def __len__(self) -> int:
         return 3
@@ -312,11 +314,16 @@ def classified(hang: Callable[[], None], tmp_path: Any, monkeypatch: Any) -> Non
             lambda hang, *_: evaluation.collect(evaluation.Scorers(None, None, Slow(hang), {})),
             "computing scores: 0 of 1 parts",
         ),
+        (lambda hang, *_: cache.key("", Slow(hang)), "hashing images: 0 of 1 chunks"),
+        (
+            lambda hang, *_: classifier.Classifier(classifier._network(1, 2)).accuracy(Slow(hang), torch.zeros(3)),
+            "testing the classifier: 0 of 1 batches",
+        ),
         (generated, "scoring: 0 of 3 images"),
         (bounded, r"bits per dimension: 0 of \d+ images"),
         (classified, r"training the classifier: 0 of \d+ batches"),
     ],
-    ids=["features", "neighbours", "scores", "generation", "likelihood", "classifier"],
+    ids=["features", "neighbours", "scores", "hash", "accuracy", "generation", "likelihood", "classifier"],
 )
 def test_no_phase_of_an_evaluation_is_silent(phase, line, slowly, tmp_path, monkeypatch):
     phase(lambda: slowly.hang(line), tmp_path, monkeypatch)
