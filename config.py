@@ -57,7 +57,7 @@ EVAL_SAMPLES: int = 1000  # default of --num_samples in eval.py
 # Saving and logging
 SAVE_EVERY: int = 5  # epochs between writes of latest.pth
 SAVE_MINUTES: float = 10.0  # minutes between writes of latest.pth within an epoch: the most that a crash can cost
-SAMPLE_EVERY: int = 10  # epochs between grids of samples
+SAMPLE_EVERY: int = 10  # epochs between grids of samples; the first and the last epoch have one, too
 LOG_EVERY: int = 50  # optimiser steps between logged scalars
 DEVICE: str = "auto"  # auto (an accelerator if there is one), cpu, cuda, cuda:1, mps, xpu
 

@@ -38,7 +38,7 @@ import torch
 from src.generation import Generator, restore, to_uint8
 from src.utils import checkpoint, devices, directories, pictures
 from src.utils.distributed import World
-from src.utils.progress import progress
+from src.utils.progress import progress_in_steps
 
 log = logging.getLogger("sample")
 
@@ -59,10 +59,10 @@ def write_samples(
     animated = min(count, args.batch_size, pictures.GRID_IMAGES, gallery.most)
     frames: list[torch.Tensor] = []  # x_t of the first batch, as grids
     step = itertools.count(1)
-    with progress(log, total=count, unit="image", unit_scale=True, desc="sampling") as bar:
+    with progress_in_steps(log, generator.steps, total=count, unit=" images", desc="sampling") as advance:
 
         def on_step(x_t: torch.Tensor) -> None:
-            bar.update(len(x_t) * world.size / generator.steps)
+            advance(len(x_t) * world.size)
             if args.gif and not gallery.count and next(step) % -(-generator.steps // GIF_FRAMES) == 0:
                 frames.append(pictures.image_grid(to_uint8(world.gather(x_t)[:animated])))
 
@@ -74,7 +74,9 @@ def write_samples(
             frames.append(pictures.image_grid(torch.stack(gallery.shown[:animated])))
             pictures.save_gif(frames, directory / "denoising.gif")
         if args.interpolate:
-            strip = generator.interpolate(args.seed, args.interp_steps, args.batch_size)
+            size, bar = (args.interp_steps, args.batch_size), {"unit": " frames", "desc": "interpolating"}
+            with progress_in_steps(log, generator.steps, total=args.interp_steps, **bar) as advance:
+                strip = generator.interpolate(args.seed, *size, lambda x_t: advance(len(x_t)))
             pictures.save_png(pictures.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
         extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
         log.info("wrote grid.png, %d images%s to %s", count, extras, directory)

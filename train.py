@@ -41,6 +41,7 @@ from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
 from src.utils.monitor import Monitor, Silence, describe
+from src.utils.progress import Pace, duration, progress, progress_in_steps
 from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
 
@@ -67,6 +68,7 @@ class Trainer:
         self.held_out = images[count:], labels[count:] if args.class_conditional else None
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
+        self.pace = Pace()
 
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         names = list(datasets.classes(*where)) if args.class_conditional else []
@@ -82,6 +84,7 @@ class Trainer:
         if not (learner.batch or args.compile):  # in mid-epoch it would change the bits; compiled, compile anew
             cores.share(self.device)
         monitor.start_epoch(learner.epoch + 1, args.epochs, learner.steps)
+        self.pace.start()
         data = self.images, self.labels, args.batch_size, args.seed, learner.epoch, learner.batch, share
         for x0, y in datasets.batches(*data):
             lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
@@ -90,6 +93,8 @@ class Trainer:
             if learner.steps % args.log_every == 0:  # seldom, because it waits for the device
                 learner.synchronize()
             monitor.count_step(learner.steps, loss, norm, lr)
+            if seconds := self.pace.count(loss.item):
+                log.info(self.forecast(seconds))
             signals.check()
             if time.monotonic() >= self.checkpoints.save_due and learner.batch < self.batches_per_epoch:
                 monitor.flush()
@@ -101,7 +106,7 @@ class Trainer:
         last = epoch == args.epochs
         learner.synchronize()
         val_loss = self.validate(signals)
-        samples = self.sample_grid(signals) if epoch % args.sample_every == 0 or last else None
+        samples = self.sample_grid(signals) if self.draws(epoch) else None
 
         improved = learner.finish_epoch(val_loss)
         # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
@@ -114,27 +119,56 @@ class Trainer:
         if self.world.is_main:
             pictures.plot_losses(learner.history, Path(args.output_path, "losses.png"))
             if samples is not None:
-                pictures.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
+                pictures.save_png(samples, self.picture(epoch))
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.checkpoints.save_due:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
 
+    def draws(self, epoch: int) -> bool:
+        """Whether a grid of samples follows an epoch, counted from 1: the first, the last, and every SAMPLE_EVERY."""
+        return epoch in (1, self.args.epochs) or epoch % self.args.sample_every == 0
+
+    def picture(self, epoch: int) -> Path:
+        """The file of that grid."""
+        return Path(self.args.output_path, f"samples_epoch_{epoch:04d}.png")
+
+    def forecast(self, seconds: float) -> str:
+        """When the training ends and the next samples come, if each step takes so many seconds."""
+        args, learner, begun = self.args, self.learner, self.learner.steps - self.pace.steps
+        run = f"the rest of the {args.epochs} epochs takes" if begun else f"{args.epochs} epochs take"
+        epoch = next(filter(self.draws, range(learner.epoch + 1, args.epochs + 1)))
+        wait = duration((epoch * self.batches_per_epoch - learner.steps) * seconds)
+        return (
+            f"{run} about {duration((self.steps - begun) * seconds)} at {args.batch_size / seconds:.0f} images/s; "
+            f"the {'first' if epoch == 1 else 'next'} samples come in about {wait}: {self.picture(epoch)}"
+        )
+
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
         args, model, (images, labels) = self.args, self.learner.ema.model, self.held_out
         held_out = datasets.in_order(images, args.batch_size, labels)
-        with devices.float32_kernels(self.device, fast=False):
-            return validation_loss(model, self.diffusion, held_out, len(images), args.seed, self.world, signals.check)
+        bar = {"desc": "validating", "unit": " batches", "total": -(-len(images) // args.batch_size), "leave": False}
+        with (
+            devices.float32_kernels(self.device, fast=False),
+            progress(log, iterable=held_out, **bar) as batches,
+        ):
+            return validation_loss(model, self.diffusion, batches, len(images), args.seed, self.world, signals.check)
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
         args, model = self.args, self.learner.ema.model
         how = args.sampler, args.steps, args.eta, self.precision
         generator = Generator(model, self.diffusion, *how, class_counts=self.values["class_counts"])
-        draw = partial(generator.images, args.seed, on_step=lambda x_t: signals.check())
-        images = self.world.divide(draw, args.num_samples, args.batch_size)
-        return pictures.image_grid(torch.cat(list(images)))
+        bar = {"desc": "drawing samples", "unit": " images", "total": args.num_samples, "leave": False}
+        with progress_in_steps(log, generator.steps, **bar) as advance:
+
+            def on_step(x_t: Tensor) -> None:
+                advance(len(x_t) * self.world.size)
+                signals.check()
+
+            draw = partial(generator.images, args.seed, on_step=on_step)
+            return pictures.image_grid(torch.cat(list(self.world.divide(draw, args.num_samples, args.batch_size))))
 
     def run(self) -> int:
         """Train to the last epoch, or until a signal; returns the exit status."""

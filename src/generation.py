@@ -123,20 +123,22 @@ class Generator:
             return None
         return draw_classes(self.class_counts, seed, indices).to(self.device)
 
-    def interpolate(self, seed: int, frames: int, batch_size: int) -> Tensor:
+    def interpolate(
+        self, seed: int, frames: int, batch_size: int, on_step: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """Images from x_T on the arc between the noises of images 0 and 1 of a seed, uint8 (frames,C,H,W).
 
         All have the class of image 0. The sampler must be deterministic (else ValueError): then neighbouring frames
-        are similar, the first frame is image 0, and the last is image 1 if that has the same class.
+        are similar, the first frame is image 0, and the last is image 1 if that has the same class. `on_step` is that
+        of `images`.
         """
         if SAMPLERS[self.sampler].stochastic or self.options.get("eta"):
             raise ValueError("interpolation needs a deterministic sampler")
         draw = ImageNoise(seed, range(2), self.shape, self.device)
         first, last = draw()
         noises = slerp(first, last, torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
-        return torch.cat(
-            [self._sample(x_T, draw, self.labels(seed, [0] * len(x_T))) for x_T in noises.split(batch_size)]
-        )
+        parts = noises.split(batch_size)
+        return torch.cat([self._sample(x_T, draw, self.labels(seed, [0] * len(x_T)), on_step) for x_T in parts])
 
     def _sample(
         self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None

@@ -26,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 
 from src.utils.errors import SettingError, UserError
-from src.utils.progress import progress
+from src.utils.progress import on_terminal, progress
 
 log = logging.getLogger(__name__)
 
@@ -118,23 +118,21 @@ def _fetch(source: Source, root: Path, missing: list[str], foreign: Collection[s
 
 def _download(source: Source, scratch: Path) -> None:
     """Download the .gz files, or the archive, from torchvision's first mirror into `scratch`."""
-    from torchvision import datasets  # slow to import, and only the first run needs it
+    from torch import hub  # slow to import, and only the first run needs them
+    from torchvision import datasets
 
     assert source.torchvision  # else `_fetch` does not call this
     dataset = getattr(datasets, source.torchvision)
-    if source.archive:
-        urls = {dataset.url: dataset.tgz_md5}
-    else:
-        urls = {dataset.mirrors[0] + file: md5 for file, md5 in dataset.resources}
+    urls = [dataset.url] if source.archive else [dataset.mirrors[0] + file for file, _ in dataset.resources]
     # A socket's timeout applies to each address of a host separately, and not to the name lookup. Behind a firewall
     # that drops packets, the waits add up to minutes. So a separate process opens the first URL: it can be killed.
     open_url = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
-    _run([sys.executable, "-c", open_url, next(iter(urls))], scratch, TIMEOUT)
+    _run([sys.executable, "-c", open_url, urls[0]], scratch, TIMEOUT)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets no timeout
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets no timeout
     try:
-        for url, md5 in urls.items():
-            datasets.utils.download_url(url, scratch, md5=md5)
+        for url in progress(log, iterable=urls, desc=f"downloading {source.name}", unit=" files"):
+            hub.download_url_to_file(url, str(scratch / Path(url).name), progress=on_terminal(log))
     finally:
         socket.setdefaulttimeout(before)
 
@@ -148,7 +146,7 @@ def _apt_get(source: Source, scratch: Path) -> None:
     apt += ["-o", f"Acquire::http::Timeout={TIMEOUT}"]
     unpack = ["sh", "-c", "dpkg-deb -x *.deb ."]
     commands = ([*apt, "update"], [*apt, "download", source.debian], unpack)
-    for command in progress(log, iterable=commands, desc=f"apt-get download {source.debian}", unit="command"):
+    for command in progress(log, iterable=commands, desc=f"apt-get download {source.debian}", unit=" commands"):
         _run(command, scratch)
 
 

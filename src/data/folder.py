@@ -91,7 +91,7 @@ class ImageFiles(Dataset):
     def read(self) -> Tensor:
         """Decode all images into one tensor (N, C, H, W) uint8."""
         images, first = torch.empty(self.shape, dtype=torch.uint8), 0
-        with progress(log, total=len(self), desc="reading images", unit="image") as bar:
+        with progress(log, total=len(self), desc="reading images", unit=" images") as bar:
             for batch in self.split(64):
                 images[first : first + len(batch)] = batch
                 first += len(batch)

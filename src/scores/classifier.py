@@ -73,7 +73,8 @@ class Classifier:
 
     def accuracy(self, images: Images, labels: Tensor) -> float:
         """The share of images (N, C, H, W) uint8 that are classified correctly, given their labels (N,) int64."""
-        parts = [self(batch)[1].argmax(1).cpu() for batch in images.split(256)]
+        bar = {"total": -(-len(images) // 256), "desc": "testing the classifier", "unit": " batches"}
+        parts = [self(batch)[1].argmax(1).cpu() for batch in progress(log, iterable=images.split(256), **bar)]
         return (torch.cat(parts) == labels).float().mean().item()
 
 
@@ -138,7 +139,7 @@ def _train(network: nn.Module, images: Images, labels: Tensor, device: torch.dev
     network.train()
     with (
         float32_kernels(device, fast=False),
-        progress(log, total=steps, desc="training the classifier", unit="batch") as bar,
+        progress(log, total=steps, desc="training the classifier", unit=" batches") as bar,
     ):
         for epoch in range(EPOCHS):
             for x, y in batches(images, labels, batch_size, seed=0, epoch=epoch):

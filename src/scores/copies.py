@@ -39,10 +39,9 @@ def nearest(images: Tensor, training: Images, what: str = "images") -> tuple[Ten
     best, distances = torch.full((len(images),), torch.inf), torch.empty(len(images))
     index = torch.zeros(len(images), dtype=torch.long)
     chunks, first = -(-len(training) // CHUNK), 0
-    with progress(
-        log, iterable=training.split(CHUNK), total=chunks, desc=f"neighbours of {what}", unit="chunk"
-    ) as bar:
-        for part in bar:
+    how = {"total": chunks, "desc": f"neighbours of {what}", "unit": " chunks"}
+    with progress(log, iterable=training.split(CHUNK), **how) as parts:
+        for part in parts:
             rows = part.flatten(1).float() / 255  # (CHUNK, P)
             squares = rows.square().sum(1)  # (CHUNK,)
             for group in torch.arange(len(images)).split(CHUNK):
@@ -55,7 +54,6 @@ def nearest(images: Tensor, training: Images, what: str = "images") -> tuple[Ten
                 # Rounding in the matrix product would give a copy a distance near 0; the norm of the difference is 0.
                 distances[chosen] = (queries[nearer] - rows[where]).norm(dim=1)
             first += len(part)
-            bar.update()
     return distances, index
 
 

@@ -24,7 +24,7 @@ from src.generation import Generator, restore
 from src.scores import classifier, copies, inception, likelihood, metrics, report
 from src.utils import checkpoint, devices, errors, flags, pictures
 from src.utils.distributed import World
-from src.utils.progress import progress
+from src.utils.progress import progress, progress_in_steps
 
 log = logging.getLogger(__name__)
 
@@ -312,10 +312,11 @@ def generate(generator: Generator, options: Options, scorers: Sequence[Scorer], 
         (N, C, H, W) uint8, N at most GRID_IMAGES. No other images are kept here.
     """
     shown, count = torch.empty(0, *generator.shape, dtype=torch.uint8), 0
-    with progress(log, total=options.num_samples, unit="image", unit_scale=True, desc="scoring") as bar:
+    bar = {"total": options.num_samples, "unit": " images", "desc": "scoring"}
+    with progress_in_steps(log, generator.steps, **bar) as advance:
 
         def on_step(x_t: Tensor) -> None:
-            bar.update(len(x_t) * world.size / generator.steps)
+            advance(len(x_t) * world.size)
 
         def images(indices: Sequence[int]) -> Tensor:
             return generator.images(options.seed, indices, on_step)
@@ -333,7 +334,7 @@ def collect(scorers: Scorers) -> dict[str, Any]:
     """Compute all scores, under their names in metrics.json, and "notes", a list of sentences on their limits."""
     scores: dict[str, Any] = {}
     notes: list[str] = []
-    for scorer in scorers.all():
+    for scorer in progress(log, iterable=scorers.all(), desc="computing scores", unit=" parts"):
         computed = scorer.compute()
         notes += computed["notes"]
         scores |= {name: value for name, value in computed.items() if name != "notes"}
@@ -360,7 +361,7 @@ def bits_per_dim(
     unet, diffusion, counts = generator.unet, generator.diffusion, generator.class_counts
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
     how = seed, times, BOUND_BATCH
-    with progress(log, total=images * times, unit="image", unit_scale=True, desc="bits per dimension") as bar:
+    with progress(log, total=images * times, unit=" images", unit_scale=True, desc="bits per dimension") as bar:
         y = labels[:images] if counts else None  # (N,)
         bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], *how, bar.update, y, counts)
     extent = {

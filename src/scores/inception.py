@@ -25,6 +25,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from src.utils.devices import float32_kernels
 from src.utils.errors import UserError
+from src.utils.progress import on_terminal, progress
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def weights(path: str | Path | None = None) -> Path:
         except UserError:
             log.warning("%s is damaged: fetching it again", file)
     failures = []
-    for file, fetch in sources.items():
+    for file, fetch in progress(log, iterable=sources.items(), desc="fetching Inception's weights", unit=" sources"):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             fetch(file)
@@ -173,9 +174,7 @@ def _download(destination: Path) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(URL_SECONDS)  # torch.hub has no timeout of its own
     try:  # this function writes atomically and checks the hash
-        torch.hub.download_url_to_file(
-            URL, str(destination), hash_prefix=URL_SHA256, progress=log.isEnabledFor(logging.INFO)
-        )
+        torch.hub.download_url_to_file(URL, str(destination), URL_SHA256, progress=on_terminal(log))
     finally:
         socket.setdefaulttimeout(before)
 

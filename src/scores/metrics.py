@@ -82,7 +82,7 @@ def reference_features(
     def compute() -> dict[str, Tensor]:
         features = torch.empty(len(images), extractor.num_features)  # one tensor, for the reason that `Rows` gives
         log.info("computing the features of %d real images, which are cached for the next time", len(images))
-        with progress(log, total=len(images), desc="reference images", unit="image") as bar:
+        with progress(log, total=len(images), desc="reference images", unit=" images") as bar:
             for rows, batch in zip(features.split(batch_size), images.split(batch_size), strict=True):
                 rows.copy_(extractor(batch)[0])
                 bar.update(len(batch))

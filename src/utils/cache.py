@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.utils import checkpoint
 from src.utils.errors import UserError
+from src.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,12 @@ def key(recipe: str, *tensors: TensorLike) -> str:
     digest = hashlib.sha256(recipe.encode())
     for tensor in tensors:
         digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # In parts, because images may be in files that are larger than memory.
-        for part in [tensor] if isinstance(tensor, Tensor) and not tensor.ndim else tensor.split(1024):
+        if isinstance(tensor, Tensor):
+            parts = tensor.split(1024) if tensor.ndim else [tensor]
+        else:  # images in files, which may be larger than memory
+            bar = {"total": -(-tensor.shape[0] // 1024), "desc": "hashing images", "unit": " chunks"}
+            parts = progress(log, iterable=tensor.split(1024), **bar)
+        for part in parts:
             digest.update(part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Progress of a training: a progress bar, and logs for TensorBoard and for pandas."""
+"""Progress of a training: a bar or lines, and logs for TensorBoard and for pandas."""
 
 import argparse
 import json
@@ -19,6 +19,8 @@ from src.utils.distributed import World
 from src.utils.progress import progress
 
 log = logging.getLogger(__name__)
+
+LOSS_SECONDS = 5  # between looks at the loss that the progress shows, because a look waits for the device
 
 
 def describe(args: argparse.Namespace, model: nn.Module, world: World, precision: torch.dtype, images: int) -> str:
@@ -47,7 +49,7 @@ class Silence:
 
 
 class Monitor:
-    """Shows a progress bar, and logs scalars and pictures of a training.
+    """Shows the progress, and logs scalars and pictures of a training.
 
     log_path/tensorboard has the files for TensorBoard. log_path/scalars.jsonl has the scalars for other programs, with
     one JSON object per line, which pandas.read_json(path, lines=True) reads:
@@ -83,6 +85,8 @@ class Monitor:
             unit_scale=True,
         )
         self.since = time.perf_counter(), step  # start of the measurement of images per second: time, step
+        self.epoch = "training"  # what the progress shows until the number is known
+        self.look = 0.0  # when the loss is shown next, as `time.monotonic()`
 
     def __enter__(self) -> "Monitor":
         return self
@@ -95,12 +99,17 @@ class Monitor:
             self.scalars.close()
 
     def start_epoch(self, epoch: int, epochs: int, step: int) -> None:
-        """Show the number of the epoch, from 1, in the progress bar, and start to measure images per second."""
-        self.bar.set_description(f"epoch {epoch}/{epochs}")
+        """Show the number of the epoch, from 1, in the progress, and start to measure images per second."""
+        self.epoch = f"epoch {epoch}/{epochs}"
+        self.bar.set_description_str(self.epoch)
         self.since = time.perf_counter(), step
 
     def count_step(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Advance the progress bar by one optimiser step; log its scalars if `step` is a multiple of `log_every`."""
+        """Advance the progress by one optimiser step; log its scalars if `step` is a multiple of `log_every`."""
+        self.bar.set_description_str(f"{self.epoch}, step {step:,}", refresh=False)
+        if time.monotonic() >= self.look:
+            self.bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+            self.look = time.monotonic() + LOSS_SECONDS
         self.bar.update(self.batch_size)
         if step % self.log_every:
             return
@@ -112,7 +121,6 @@ class Monitor:
             "images_per_second": (step - first) * self.batch_size / (now - before),
         }
         self._write(step, scalars)
-        self.bar.set_postfix(loss=f"{scalars['loss/train']:.4f}", refresh=False)
         self.since = now, step
 
     def show_validation(self, step: int, loss: float, samples: Tensor | None) -> None:

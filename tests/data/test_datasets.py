@@ -386,12 +386,13 @@ def mirror(request, monkeypatch):
 
 
 @pytest.mark.parametrize("mirror", [Mirror], indirect=True)
-def test_download(tmp_path, mirror, scratch):
+def test_download(tmp_path, mirror, scratch, capfd):
     before = socket.getdefaulttimeout()
     load("published", tmp_path / "data", "train", 32)
     assert files_in(tmp_path / "data") == set(NAMES)
     assert not list(scratch.iterdir())
     assert socket.getdefaulttimeout() == before
+    assert "\r" not in capfd.readouterr().err  # no bar where stderr is no terminal
 
 
 @pytest.mark.parametrize("mirror", [WebPage, HangUp], indirect=True)

@@ -514,9 +514,9 @@ def test_a_flag_of_sampling_changes_the_pictures_of_training(flag, quick, data, 
 
 
 def test_pictures_come_at_their_epochs_and_fit_the_number_of_samples(quick, tmp_path):
-    quick("run", "--epochs", 3, "--sample_every", 2, "--num_samples", 5)
+    quick("run", "--epochs", 5, "--sample_every", 2, "--num_samples", 5)
     pictures = sorted(path.name for path in (tmp_path / "run/output").iterdir())
-    assert pictures == ["samples_epoch_0002.png", "samples_epoch_0003.png"]  # the last epoch has one, too
+    assert pictures == [f"samples_epoch_000{epoch}.png" for epoch in (1, 2, 4, 5)]  # the first and the last, too
     assert read_png(tmp_path / "run/output/samples_epoch_0002.png").shape == (2 * 30, 3 * 30)  # 28 pixels and a gap
 
 
