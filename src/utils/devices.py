@@ -3,13 +3,13 @@
 Device types have torch's names: cpu, cuda (NVIDIA, AMD), mps (Apple), xpu (Intel). Only the CPU has been tested.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from src.utils.errors import SettingError
+from src.utils.torchrun import place
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,6 +22,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         SettingError: the machine, or this build of torch, has no such device; or several processes would share one.
     """
+    here = place()
     accelerator, count = "", 0
     if torch.accelerator.is_available() and (current := torch.accelerator.current_accelerator()):
         accelerator, count = current.type, torch.accelerator.device_count()
@@ -30,10 +31,10 @@ def pick_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device(kind)
-    if not number and "LOCAL_RANK" in os.environ:  # set by torchrun
-        name = f"{kind}:{(number := os.environ['LOCAL_RANK'])}"
-    elif number and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SettingError(f"--device {name} is for one process: with several give {kind}, and each takes its own")
+    if here.size > 1:
+        if number:
+            raise SettingError(f"--device {name} is for one process: with several give {kind}, and each takes its own")
+        name = f"{kind}:{(number := str(here.local_rank))}"
     count = count if kind == accelerator else 0
     if int(number or 0) >= count:
         raise SettingError(f"--device {name}: torch sees {count} {kind} devices; use --device {accelerator or 'cpu'}")

@@ -99,9 +99,9 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
     except (MemoryError, RuntimeError) as error:
         status = 1
         if _lacks_memory(error):
-            message = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})"
+            message = f"out of memory: reduce --batch_size or, in training, the network ({first_line(error)})"
         elif _lost_a_process(error):
-            message = f"another process of this run has gone: its own message says why ({_first_line(error)})"
+            message = f"another process of this run has gone: its own message says why ({first_line(error)})"
         else:
             raise
     else:
@@ -151,5 +151,6 @@ def _lost_a_process(error: Exception) -> bool:
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
