@@ -1,6 +1,10 @@
 """Train a DDPM: python train.py. A stopped training resumes from CHECKPOINT_PATH/latest.pth by itself."""
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
 
 import config
 from src.utils import cores, errors, flags, settings
@@ -22,14 +26,13 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    errors.prepare("train.py")
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
-    errors.explain_imports("train.py")
 
 import logging
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor

@@ -60,8 +60,8 @@ class World:
         """Find the other processes."""
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=CONNECTION_TIMEOUT))
-            backends, numbers = collective_backends(self.device), {"rank": self.rank, "world_size": self.size}
-            dist.init_process_group(backends, store=store, timeout=COLLECTIVE_TIMEOUT, **numbers)
+            backends, rank, size = collective_backends(self.device), self.rank, self.size
+            dist.init_process_group(backends, store=store, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=size)
             store.set_timeout(COLLECTIVE_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(
