@@ -61,6 +61,8 @@ class Trainer:
                 f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
             )
         self.precision = devices.pick_precision(args.precision, self.device)
+        if args.compile and world.maximum(int(not devices.can_compile(self.device))):
+            args.compile = False
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
 
         where = args.dataset, args.data_path
@@ -112,14 +114,22 @@ class Trainer:
         if last:
             self.checkpoints.save("weights.pth")
             self.checkpoints.save("final.pth")
-        if self.world.is_main:
-            pictures.plot_losses(learner.history, Path(args.output_path, "losses.png"))
-            if samples is not None:
-                pictures.save_png(samples, Path(args.output_path, f"samples_epoch_{epoch:04d}.png"))
+        self.draw(samples)
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.checkpoints.save_due:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
+
+    def draw(self, samples: Tensor | None = None) -> None:
+        """Write the plot of the losses and, unless None, the samples of an epoch (C,H,W) uint8."""
+        if not self.world.is_main:
+            return
+        directory, learner = Path(self.args.output_path), self.learner
+        with errors.by_product(f"{directory}/losses.png"):
+            pictures.plot_losses(learner.history, directory / "losses.png")
+        if samples is not None:
+            with errors.by_product(f"{directory}/samples_epoch_*.png"):
+                pictures.save_png(samples, directory / f"samples_epoch_{learner.epoch:04d}.png")
 
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
@@ -145,6 +155,7 @@ class Trainer:
             logging_redirect_tqdm(),
             StopSignals(self.world.maximum) as signals,
         ):
+            self.draw()  # now: if it fails, that is to be known before the end of the first epoch
             try:
                 while learner.epoch < args.epochs:
                     self.train_epoch(monitor, signals)
@@ -154,11 +165,9 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, learner.steps, path)
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
-            except (OSError, errors.WriteError):  # a log or a picture could not be written: save what was learnt
-                self.checkpoints.save("latest.pth")
-                raise
-        best = Path(args.checkpoint_path, "best.pth")
-        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", best, args.data_path)
+        best, final = (Path(args.checkpoint_path, name) for name in ("best.pth", "final.pth"))
+        path = best if best.exists() else final
+        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", path, args.data_path)
         return 0
 
 

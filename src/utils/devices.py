@@ -3,13 +3,16 @@
 Device types have torch's names: cpu, cuda (NVIDIA, AMD), mps (Apple), xpu (Intel). Only the CPU has been tested.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from src.utils.errors import SettingError
+from src.utils.errors import SettingError, first_line
 from src.utils.torchrun import place
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,6 +71,19 @@ def describe_device(device: torch.device, precision: torch.dtype) -> str:
         module = torch.get_device_module(device)
         name = f" ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else ""
     return f"{device}{name}, {str(precision).removeprefix('torch.')}"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, tried with one operation. A warning says why not.
+
+    It needs a C++ compiler or, on a GPU, Triton; what it prepares is used again for the network.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # there are many kinds
+        log.warning("training without --compile, for torch.compile fails here: %s", first_line(error))
+        return False
+    return True
 
 
 @contextmanager

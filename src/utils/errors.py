@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+log = logging.getLogger(__name__)
+_failed: set[str] = set()  # by-products of which a warning has told
+
 
 class UserError(Exception):
     """An error that the user can fix. The message says in one line what is wrong and what to do."""
@@ -38,6 +41,21 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise WriteError(f"cannot write {path} ({why}): free space or choose another place") from error
+
+
+@contextlib.contextmanager
+def by_product(what: str) -> Iterator[None]:
+    """Context for what a training can do without, such as plots and logs: an error in it becomes a warning.
+
+    Args:
+        what: a file or directory. There is one warning for each.
+    """
+    try:
+        yield
+    except Exception as error:  # packages for plots and logs raise errors of every kind
+        if what not in _failed:
+            log.warning("cannot write %s (%s): the run goes on without it", what, first_line(error))
+        _failed.add(what)
 
 
 @contextlib.contextmanager
@@ -120,6 +138,8 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
             message = f"out of memory: reduce --batch_size or, in training, the network ({first_line(error)})"
         elif _lost_a_process(error):
             message = f"another process of this run has gone: its own message says why ({first_line(error)})"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile failed: train without --compile ({first_line(error)})"
         else:
             raise
     else:
