@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
 
 import config
 from src.utils import cores, errors, flags, settings

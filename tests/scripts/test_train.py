@@ -691,9 +691,7 @@ def test_a_directory_that_is_deleted_costs_its_files_alone(place, quick, saved, 
     assert saved("run", "final.pth")["epoch"] == 3
     name = {"output": "output/samples_epoch_*.png", "log": "log/tensorboard"}[place]
     (warning,) = warnings(caplog)
-    assert warning.startswith(f"cannot write {tmp_path}/run/{name} ") and warning.endswith(
-        "the run goes on without it"
-    )
+    assert warning.startswith(f"cannot write {tmp_path}/run/{name} (")
 
 
 def test_a_plot_that_cannot_be_drawn_is_known_at_the_start(quick, saved, tmp_path, monkeypatch, caplog):
