@@ -4,6 +4,10 @@ Without --output_dir, results go to a folder below OUTPUT_PATH/eval that is name
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
 
 import config
 from src.utils import cores, errors, flags, settings
@@ -47,10 +51,8 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    errors.prepare("eval.py")
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
-    errors.explain_imports("eval.py")
-
-from pathlib import Path
 
 from src.scores import evaluation
 from src.utils import devices, directories

@@ -1,6 +1,10 @@
 """Generate images with a trained model: python sample.py --checkpoint checkpoints/best.pth."""
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
 
 import config
 from src.utils import cores, errors, flags, settings
@@ -24,14 +28,13 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    errors.prepare("sample.py")
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
-    errors.explain_imports("sample.py")
 
 import itertools
 import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 

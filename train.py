@@ -1,6 +1,10 @@
 """Train a DDPM: python train.py. A stopped training resumes from CHECKPOINT_PATH/latest.pth by itself."""
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python does so itself, except with -P or PYTHONSAFEPATH
 
 import config
 from src.utils import cores, errors, flags, settings
@@ -22,14 +26,13 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    errors.prepare("train.py")
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
-    errors.explain_imports("train.py")
 
 import logging
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,6 +62,8 @@ class Trainer:
                 f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
             )
         self.precision = devices.pick_precision(args.precision, self.device)
+        if args.compile and world.maximum(int(not devices.can_compile(self.device))):
+            args.compile = False
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
 
         where = args.dataset, args.data_path
@@ -116,10 +121,7 @@ class Trainer:
         if last:
             self.checkpoints.save("weights.pth")
             self.checkpoints.save("final.pth")
-        if self.world.is_main:
-            pictures.plot_losses(learner.history, Path(args.output_path, "losses.png"))
-            if samples is not None:
-                pictures.save_png(samples, self.picture(epoch))
+        self.draw(samples)
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.checkpoints.save_due:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
@@ -143,6 +145,17 @@ class Trainer:
             f"{run} about {duration((self.steps - begun) * seconds)} at {args.batch_size / seconds:.0f} images/s; "
             f"the {'first' if epoch == 1 else 'next'} samples come in about {wait}: {self.picture(epoch)}"
         )
+
+    def draw(self, samples: Tensor | None = None) -> None:
+        """Write the plot of the losses and, unless None, the samples of an epoch (C,H,W) uint8."""
+        if not self.world.is_main:
+            return
+        directory, learner = Path(self.args.output_path), self.learner
+        with errors.by_product(f"{directory}/losses.png"):
+            pictures.plot_losses(learner.history, directory / "losses.png")
+        if samples is not None:
+            with errors.by_product(f"{directory}/samples_epoch_*.png"):
+                pictures.save_png(samples, self.picture(learner.epoch))
 
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
@@ -179,6 +192,7 @@ class Trainer:
             logging_redirect_tqdm(),
             StopSignals(self.world.maximum) as signals,
         ):
+            self.draw()  # now: if it fails, that is to be known before the end of the first epoch
             try:
                 while learner.epoch < args.epochs:
                     self.train_epoch(monitor, signals)
@@ -188,11 +202,9 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, learner.steps, path)
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
-            except (OSError, errors.WriteError):  # a log or a picture could not be written: save what was learnt
-                self.checkpoints.save("latest.pth")
-                raise
-        best = Path(args.checkpoint_path, "best.pth")
-        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", best, args.data_path)
+        best, final = (Path(args.checkpoint_path, name) for name in ("best.pth", "final.pth"))
+        path = best if best.exists() else final
+        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", path, args.data_path)
         return 0
 
 

@@ -79,6 +79,12 @@ def share_apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
     return torch.cat([(a[name] - b[name]).abs().flatten() > tolerance for name in a]).double().mean().item()
 
 
+def torchrun_variables(rank: int, size: int) -> dict[str, str]:
+    """The environment variables that torchrun sets in process `rank` of `size` on one machine."""
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    return {name: str(value) for name, value in place.items()}
+
+
 def read_png(path: Path) -> np.ndarray:
     """An 8-bit grayscale PNG as (H, W) int, so that differences do not wrap around."""
     with Image.open(path) as image:

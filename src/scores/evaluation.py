@@ -242,11 +242,13 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
         bound, extent = bits_per_dim(generator, data.test, data.test_labels, options.seed)
         scores, facts = scores | bound, facts | extent
     text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
-    with errors.writing(directory / "metrics.json"):
-        (directory / "metrics.json").write_text(text + "\n")
+    try:
+        with errors.writing(directory / "metrics.json"):
+            (directory / "metrics.json").write_text(text + "\n")
+    finally:  # an hour's work: if there is no place for it, then at least on the screen
+        errors.print_results(report.table(scores, facts))
     pictures.save_png(pictures.image_grid(shown), directory / "grid.png")
     pictures.save_png(scorers.copies.picture(), directory / "neighbours.png")
-    print(report.table(scores, facts))
     log.info("wrote metrics.json, grid.png and neighbours.png to %s", directory)
 
 

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from src.utils.torchrun import place
+
 if TYPE_CHECKING:
     import torch
 
@@ -90,8 +92,7 @@ def use(threads: int, why: str) -> None:
     import torch
 
     threads = min(threads, most := most_threads())
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    if "OMP_NUM_THREADS" in os.environ or several or threads == torch.get_num_threads():
+    if "OMP_NUM_THREADS" in os.environ or place().size > 1 or threads == torch.get_num_threads():
         return
     torch.set_num_threads(threads)
     log.info("computing with %d of %d threads: %s (set OMP_NUM_THREADS for another number)", threads, most, why)

@@ -3,13 +3,16 @@
 Device types have torch's names: cpu, cuda (NVIDIA, AMD), mps (Apple), xpu (Intel). Only the CPU has been tested.
 """
 
-import os
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from src.utils.errors import SettingError
+from src.utils.errors import SettingError, first_line
+from src.utils.torchrun import place
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,6 +25,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         SettingError: the machine, or this build of torch, has no such device; or several processes would share one.
     """
+    here = place()
     accelerator, count = "", 0
     if torch.accelerator.is_available() and (current := torch.accelerator.current_accelerator()):
         accelerator, count = current.type, torch.accelerator.device_count()
@@ -30,10 +34,10 @@ def pick_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device(kind)
-    if not number and "LOCAL_RANK" in os.environ:  # set by torchrun
-        name = f"{kind}:{(number := os.environ['LOCAL_RANK'])}"
-    elif number and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SettingError(f"--device {name} is for one process: with several give {kind}, and each takes its own")
+    if here.size > 1:
+        if number:
+            raise SettingError(f"--device {name} is for one process: with several give {kind}, and each takes its own")
+        name = f"{kind}:{(number := str(here.local_rank))}"
     count = count if kind == accelerator else 0
     if int(number or 0) >= count:
         raise SettingError(f"--device {name}: torch sees {count} {kind} devices; use --device {accelerator or 'cpu'}")
@@ -67,6 +71,19 @@ def describe_device(device: torch.device, precision: torch.dtype) -> str:
         module = torch.get_device_module(device)
         name = f" ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else ""
     return f"{device}{name}, {str(precision).removeprefix('torch.')}"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, tried with one operation. A warning says why not.
+
+    It needs a C++ compiler or, on a GPU, Triton; what it prepares is used again for the network.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # there are many kinds
+        log.warning("training without --compile, for torch.compile fails here: %s", first_line(error))
+        return False
+    return True
 
 
 @contextmanager

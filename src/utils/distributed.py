@@ -1,11 +1,9 @@
 """Data-parallel processes: the share of each in the work, and the communication between them.
 
-torchrun starts the processes and sets the variables RANK and WORLD_SIZE. Without torchrun there is one process, which
-does everything.
+torchrun starts the processes. Without torchrun there is one process, which does everything.
 """
 
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from src.utils.devices import collective_backends, make_current
-from src.utils.errors import UserError
+from src.utils.errors import UserError, first_line
+from src.utils.torchrun import VARIABLES, place
 
 # One process may compute for hours while the others wait, for example Inception features of the test images.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
+CONNECTION_TIMEOUT = timedelta(minutes=5)  # for the slowest process to start
 T = TypeVar("T")
 
 
@@ -37,7 +37,7 @@ class World:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, _ = place()
         self.device = device
 
     @property
@@ -48,13 +48,26 @@ class World:
     def __enter__(self) -> "World":
         if self.size > 1:
             make_current(self.device)
-            dist.init_process_group(collective_backends(self.device), timeout=COLLECTIVE_TIMEOUT)
+            self._connect()
             logging.disable(logging.NOTSET if self.is_main else logging.WARNING)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.size > 1 and error is None:  # after an error, other processes may never respond
             dist.destroy_process_group()
+
+    def _connect(self) -> None:
+        """Find the other processes."""
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=CONNECTION_TIMEOUT))
+            backends, rank, size = collective_backends(self.device), self.rank, self.size
+            dist.init_process_group(backends, store=store, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=size)
+            store.set_timeout(COLLECTIVE_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"process {self.rank} of {self.size} cannot reach the others ({first_line(error)}): start all of them "
+                f"with torchrun, or for a single process unset {' '.join(VARIABLES)}"
+            ) from error
 
     def share(self, count: int) -> slice:
         """This process's part of `count` items; the parts differ by at most one item in size."""

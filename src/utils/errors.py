@@ -1,7 +1,9 @@
 """Errors that the user can fix, and their one-line messages."""
 
+import atexit
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -10,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
+
+log = logging.getLogger(__name__)
+_failed: set[str] = set()  # by-products of which a warning has told
 
 
 class UserError(Exception):
@@ -39,6 +44,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def by_product(what: str) -> Iterator[None]:
+    """Context for what a training can do without, such as plots and logs: an error in it becomes a warning.
+
+    Args:
+        what: a file or directory. There is one warning for each.
+    """
+    try:
+        yield
+    except Exception as error:  # packages for plots and logs raise errors of every kind
+        if what not in _failed:
+            log.warning("cannot write %s (%s): the run goes on without it", what, first_line(error))
+        _failed.add(what)
+
+
+@contextlib.contextmanager
 def setting_errors() -> Iterator[None]:
     """Context in which a ValueError becomes a SettingError, for functions of the core that check their arguments."""
     try:
@@ -53,22 +73,38 @@ PLACE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # disk full, quota exceeded, file too large
     *(errno.EROFS, errno.EACCES, errno.EPERM),  # no permission to write
     *(errno.EIO, errno.ESTALE),  # defective disk, lost network drive
-    errno.EPIPE,  # the reader of stdout has gone
 }
 
 
-def explain_imports(script: str) -> None:
-    """Print errors during the heavy imports, before `run` is called, in one line: missing packages and Ctrl-C."""
+def prepare(script: str) -> None:
+    """Make stdout and stderr safe to write to, and missing packages and Ctrl-C during the imports errors of one line.
+
+    To be called first. Whatever becomes of the output, it must not end the work: a stream that the shell has closed
+    leads nowhere, a character that the terminal lacks becomes a question mark, and a reader that has gone, as in
+    `eval.py | head`, is no error.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the next file that is opened gets the number of this one, so it must be this
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    atexit.register(_flush)
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, ModuleNotFoundError):
-            print(f"{script}: error: {_no_package(error)}", file=sys.stderr)
+        if isinstance(error, ImportError):
+            _print_error(script, _no_package(error))
         elif isinstance(error, KeyboardInterrupt):
-            print(f"{script}: error: interrupted", file=sys.stderr)
+            _print_error(script, "interrupted")
         else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = explain
+
+
+def print_results(text: str) -> None:
+    """Print results that are in a file already, so that it matters little whether this succeeds."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def run(main: Callable[[], int], script: str, quiet: bool) -> None:
@@ -92,22 +128,38 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         if error.errno not in PLACE_ERRORS:
             raise
         message, status = f"{error}; free space or choose another place", 1
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         message, status = _no_package(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         status = 1
         if _lacks_memory(error):
-            message = f"out of memory: reduce --batch_size or, in training, the network ({_first_line(error)})"
+            message = f"out of memory: reduce --batch_size or, in training, the network ({first_line(error)})"
         elif _lost_a_process(error):
-            message = f"another process of this run has gone: its own message says why ({_first_line(error)})"
+            message = f"another process of this run has gone: its own message says why ({first_line(error)})"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile failed: train without --compile ({first_line(error)})"
         else:
             raise
     else:
         _leave(status)
-    print(f"{script}: error: {message}", file=sys.stderr)
+    _print_error(script, message)
     _leave(status)
+
+
+def _print_error(script: str, message: str) -> None:
+    with contextlib.suppress(OSError):  # the exit status remains
+        print(f"{script}: error: {message}", file=sys.stderr)
+
+
+def _flush() -> None:
+    """Write what stdout and stderr still hold, or drop it if nobody reads them: Python would fail when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave(status: int) -> NoReturn:
@@ -118,9 +170,7 @@ def _leave(status: int) -> NoReturn:
     would count as failed.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # the reader has gone
-                stream.flush()
+        _flush()
         os._exit(status)
     sys.exit(status)
 
@@ -131,8 +181,10 @@ def _mute_tensorboard(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
-def _no_package(error: ModuleNotFoundError) -> str:
-    return f"no package {error.name}: run pip install -r requirements.txt"
+def _no_package(error: ImportError) -> str:
+    missing = isinstance(error, ModuleNotFoundError)
+    what = f"no package {error.name}" if missing else f"a package is broken ({first_line(error)})"
+    return f"{what}: run pip install -r requirements.txt"
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -151,5 +203,6 @@ def _lost_a_process(error: Exception) -> bool:
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]

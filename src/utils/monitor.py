@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from src.utils.devices import describe_device
 from src.utils.distributed import World
+from src.utils.errors import by_product
 from src.utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Silence:
 
 
 class Monitor:
-    """Shows the progress, and logs scalars and pictures of a training.
+    """Shows the progress, and logs scalars and pictures of a training, which goes on if a log cannot be written.
 
     log_path/tensorboard has the files for TensorBoard. log_path/scalars.jsonl has the scalars for other programs, with
     one JSON object per line, which pandas.read_json(path, lines=True) reads:
@@ -66,17 +67,21 @@ class Monitor:
         total_steps: optimiser steps of the whole run.
         batch_size: images per optimiser step, over all processes.
         log_every: optimiser steps between logged scalars.
-
-    Raises:
-        OSError: by any method, if a log cannot be written. TensorBoard's thread writes later than the call that fails.
     """
 
     def __init__(self, log_path: Path, step: int, total_steps: int, batch_size: int, log_every: int) -> None:
         self.batch_size, self.log_every = batch_size, log_every
-        self.writer = SummaryWriter(log_path / "tensorboard", purge_step=step + 1)
-        path = log_path / "scalars.jsonl"
-        _remove_later_lines(path, step)
-        self.scalars = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self.tensorboard, path = str(log_path / "tensorboard"), log_path / "scalars.jsonl"
+        self.path = str(path)
+        self.writer: Any = Silence()  # unless they can be opened
+        self.scalars: Any = Silence()
+        with by_product(self.tensorboard):
+            from torch.utils.tensorboard import SummaryWriter  # here, because the package may be broken
+
+            self.writer = SummaryWriter(self.tensorboard, purge_step=step + 1)
+        with by_product(self.path):
+            _remove_later_lines(path, step)
+            self.scalars = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self.bar = progress(
             log,
             total=total_steps * batch_size,
@@ -93,9 +98,9 @@ class Monitor:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        try:
+        with by_product(self.tensorboard):
             self.writer.close()
-        finally:
+        with by_product(self.path):
             self.scalars.close()
 
     def start_epoch(self, epoch: int, epochs: int, step: int) -> None:
@@ -127,19 +132,24 @@ class Monitor:
         """Log the validation loss after an epoch that ended with `step`, and a picture (C,H,W) uint8 unless None."""
         self._write(step, {"loss/validation": loss})
         if samples is not None:
-            self.writer.add_image("samples", samples, step)
+            with by_product(self.tensorboard):
+                self.writer.add_image("samples", samples, step)
         self.flush()
 
     def flush(self) -> None:
         """Write to disk what was logged so far, to be called before a checkpoint: a resumed run does not repeat it."""
-        self.writer.flush()
-        self.scalars.flush()
+        with by_product(self.tensorboard):
+            self.writer.flush()
+        with by_product(self.path):
+            self.scalars.flush()
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        with by_product(self.tensorboard):
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
         event = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-        self.scalars.write(json.dumps({"step": step, **event}) + "\n")
+        with by_product(self.path):
+            self.scalars.write(json.dumps({"step": step, **event}) + "\n")
 
 
 def _remove_later_lines(path: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """Pictures: grids, PNG and GIF files, and the plot of the losses."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
 
 def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
     """Plot the losses of each epoch, from epoch 1, to a PNG; `history` holds those of "train" and "val"."""
-    # Imported here because it takes a second. Figure needs no display and no global state.
+    # Figure needs no display. A notebook names one for its programs, whose package they may lack.
+    os.environ["MPLBACKEND"] = "agg"
+    # Imported here because it takes a second.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

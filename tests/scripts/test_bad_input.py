@@ -305,3 +305,19 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(script,
     done = run_script(script, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": path})
     assert done.returncode == 1
     assert re.fullmatch(rf"{script}: error: no package {package}: run pip install -r requirements\.txt\n", done.stderr)
+
+
+def test_a_broken_package_is_one_line_likewise(tmp_path):
+    (tmp_path / "einops.py").write_text("raise ImportError('libc++.so.1: cannot open shared object file\\n')\n")
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    done = run_script("sample.py", cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": path})
+    reason = "a package is broken (libc++.so.1: cannot open shared object file)"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"sample.py: error: {reason}: run pip install -r requirements.txt\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start_where_python_adds_no_directory_to_its_path(script, tmp_path):
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    done = run_script(script, "--help", cwd=tmp_path, env={**environment, "PYTHONSAFEPATH": "1"})
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,5 @@
 """The training loop on 60 images, in this process: averages, saves, stops and resumes, logs, refusals."""
 
-import errno
 import logging
 import os
 import re
@@ -18,13 +17,13 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars, share_apart
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import train
 from src.data import datasets
 from src.ema import EMA
+from src.model import UNet
 from src.training import Learner
-from src.utils import checkpoint, cores, devices, errors, lock, settings
+from src.utils import checkpoint, cores, devices, errors, lock, pictures, settings
 from src.utils.distributed import World
 from src.utils.signals import StopSignals
 
@@ -673,30 +672,86 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(path, failing
     assert f"--{path}_path" in failing(2, "run")
 
 
-def test_a_picture_that_cannot_be_written_is_one_line_too(failing, saved, tmp_path, monkeypatch):
-    """Somebody cleans up the disk, or fills it, long after the start."""
-    sample_grid = train.Trainer.sample_grid
-
-    def clean_up(self: train.Trainer, signals: StopSignals) -> Tensor:
-        shutil.rmtree(tmp_path / "run/output")
-        return sample_grid(self, signals)
-
-    monkeypatch.setattr(train.Trainer, "sample_grid", clean_up)
-    assert "samples_epoch_0002.png" in failing(1, "run", "--epochs", 9, "--sample_every", 2, "--save_every", 9)
-    assert saved("run")["epoch"] == 2  # the training itself was saved all the same
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_a_curve_that_cannot_be_written_is_one_line_and_costs_no_training(failing, saved, monkeypatch):
-    add_scalar = SummaryWriter.add_scalar
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
+@pytest.mark.parametrize("place", ["output", "log"])
+def test_a_directory_that_is_deleted_costs_its_files_alone(place, quick, saved, tmp_path, monkeypatch, caplog):
+    """Somebody cleans up the disk long after the start. Each loss is told once."""
+    validate = train.Trainer.validate
 
-    def fill_up(self: SummaryWriter, name: str, value: float, step: int) -> None:
-        if step == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        add_scalar(self, name, value, step)
+    def clean_up(self: train.Trainer, signals: StopSignals) -> float:
+        shutil.rmtree(tmp_path / "run" / place, ignore_errors=True)
+        return validate(self, signals)
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", fill_up)
-    assert "No space left on device" in failing(1, "run", "--epochs", 1)
-    assert saved("run")["step"] == 3
+    monkeypatch.setattr(train.Trainer, "validate", clean_up)
+    assert quick("run", "--epochs", 3) == 0
+    assert saved("run", "final.pth")["epoch"] == 3
+    name = {"output": "output/samples_epoch_*.png", "log": "log/tensorboard"}[place]
+    (warning,) = warnings(caplog)
+    assert warning.startswith(f"cannot write {tmp_path}/run/{name} (")
+
+
+def test_a_plot_that_cannot_be_drawn_is_known_at_the_start(quick, saved, tmp_path, monkeypatch, caplog):
+    told = []
+
+    def fail(*curves: object) -> None:
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, …")
+
+    step = Learner.step
+    monkeypatch.setattr(pictures, "plot_losses", fail)
+    monkeypatch.setattr(Learner, "step", lambda *args: told.append(warnings(caplog)) or step(*args))
+    assert quick("run", "--epochs", 2) == 0
+    assert saved("run")["epoch"] == 2
+    reason = "Descriptors cannot be created directly."
+    line = f"cannot write {tmp_path}/run/output/losses.png ({reason}): the run goes on without it"
+    assert told[0] == warnings(caplog) == [line]
+
+
+def test_the_losses_are_plotted_whatever_display_a_notebook_names(tmp_path):
+    """Its variable reaches the programs that it starts, whose packages are others."""
+    code = "from pathlib import Path; from src.utils.pictures import plot_losses\n"
+    code += "for losses in [], [0.5], [0.5, 0.4]: plot_losses({'train': losses, 'val': losses}, Path('losses.png'))"
+    environment = {**ENVIRONMENT, "MPLBACKEND": "module://no_such_package.backend"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, (tmp_path / "losses.png").exists()) == (0, "", True)
+
+
+def test_the_checkpoint_that_is_named_in_the_end_is_there(quick, validation, tmp_path, caplog):
+    caplog.set_level("INFO")
+    validation(1.0, 2.0)
+    for epochs, name in (1, "best.pth"), (2, "final.pth"):
+        quick("run", "--epochs", epochs)
+        assert caplog.messages[-1].startswith(f"done; next, with --checkpoint {tmp_path}/run/checkpoint/{name}: ")
+        (tmp_path / "run/checkpoint/best.pth").unlink(missing_ok=True)  # somebody moves it to a safer place
+
+
+def test_without_a_compiler_the_training_is_not_compiled(quick, saved, monkeypatch, caplog):
+    class InductorError(RuntimeError):
+        pass
+
+    def compiler(*_: object, **__: object) -> None:
+        raise InductorError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(UNet, "compile", None)
+    assert quick("run", "--epochs", 1, "--compile") == 0
+    line = "training without --compile, for torch.compile fails here: No working C++ compiler found"
+    assert warnings(caplog) == [line]
+    assert saved("run")["settings"]["compile"] is False
+
+
+def test_a_compiler_that_fails_at_the_network_is_one_line(failing, monkeypatch):
+    InductorError = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def fail(*_: object) -> None:
+        raise InductorError("CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp")
+
+    monkeypatch.setattr(Learner, "step", fail)
+    line = "torch.compile failed: train without --compile (CppCompileError: C++ compile error)"
+    assert line in failing(1, "run")
 
 
 def test_a_checkpoint_of_another_version_is_one_line(quick, failing, saved, tmp_path):

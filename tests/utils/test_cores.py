@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from conftest import torchrun_variables
 
 from src.utils import cores
 from src.utils.cores import Reading, free_threads
@@ -55,7 +56,6 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", machine.set_threads)
     monkeypatch.setattr(cores, "last", cores.read())
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     return machine
 
 
@@ -125,9 +125,10 @@ def test_a_gpu_needs_no_fewer_threads(machine):
     assert machine.threads == 3
 
 
-@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "WORLD_SIZE"])
-def test_a_number_that_is_set_stays(machine, monkeypatch, variable):
-    monkeypatch.setenv(variable, "3")
+@pytest.mark.parametrize("variables", [{"OMP_NUM_THREADS": "3"}, torchrun_variables(0, 3)], ids=["set", "torchrun"])
+def test_a_number_that_is_set_stays(machine, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     machine.later(2, own=2, c1=2)
     cores.share(CPU)
     assert machine.threads == 3

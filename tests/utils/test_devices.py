@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, arguments, differences
+from conftest import ROOT, arguments, differences, torchrun_variables
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -56,8 +56,6 @@ def machine(monkeypatch) -> Callable[[str, int], None]:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
-        for name in ("LOCAL_RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name, raising=False)
 
     return build
 
@@ -73,8 +71,8 @@ def test_auto_is_the_accelerator_and_else_the_cpu(machine):
 
 def test_each_process_takes_an_accelerator_of_its_own(machine, monkeypatch):
     machine("xpu", 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in torchrun_variables(1, 3).items():
+        monkeypatch.setenv(name, value)
     assert pick_device("auto") == pick_device("xpu") == torch.device("xpu:1")
     with pytest.raises(SettingError, match="--device xpu:0 is for one process: with several give xpu"):
         pick_device("xpu:0")

@@ -4,19 +4,25 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, SMALL, differences, read_samples, share_apart
+from conftest import ENVIRONMENT, ROOT, SMALL, differences, read_samples, share_apart, torchrun_variables
 
-from src.utils import checkpoint
+from src.utils import checkpoint, distributed
+from src.utils.devices import pick_device
 from src.utils.distributed import World
+from src.utils.errors import SettingError, UserError
+from src.utils.torchrun import VARIABLES, Place, place
 
 # With 8 channels every group of a GroupNorm would hold one, and take its bias out again: the gradient of such a bias
 # is nothing but rounding, of which Adam makes whole steps.
@@ -176,6 +182,69 @@ def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path):
     assert "train.py: error: BATCH_SIZE is 25, and must be a multiple of 2" in done.stderr
 
 
+@pytest.fixture
+def pretend(monkeypatch) -> Callable[[int, int], None]:
+    """`pretend(rank, size)`: from now on, torchrun has started this process as one of several."""
+
+    def set_variables(rank: int, size: int) -> None:
+        for name, value in torchrun_variables(rank, size).items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "RANK=0", "WORLD_SIZE=1", "WORLD_SIZE=", "RANK= LOCAL_RANK=", "MASTER_ADDR=head MASTER_PORT=x"],
+)
+def test_variables_that_can_mean_one_process_only_mean_that(text, monkeypatch):
+    set_only(text, monkeypatch)
+    assert place() == Place(rank=0, size=1, local_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "RANK=1",
+            "has RANK=1, without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: for a single process, unset",
+        ),
+        ("LOCAL_RANK=1", "without RANK, WORLD_SIZE"),
+        ("WORLD_SIZE=2", "unset WORLD_SIZE;"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK= MASTER_ADDR=head MASTER_PORT=1", "without LOCAL_RANK: "),
+        ("WORLD_SIZE=two", "has WORLD_SIZE=two, without RANK"),
+        ("RANK=1 WORLD_SIZE=1", "has RANK=1, WORLD_SIZE=1, without"),
+        ("RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=head MASTER_PORT=1", "which do not fit together: "),
+        ("RANK=-1 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=head MASTER_PORT=1", "which do not fit together: "),
+        ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=x MASTER_ADDR=head MASTER_PORT=1", "which do not fit together: "),
+        ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=head MASTER_PORT=http", "which do not fit together: "),
+    ],
+)
+def test_variables_of_torchrun_count_together_or_are_refused(text, reason, monkeypatch):
+    """A process that took itself for the second of one would train, and write nothing."""
+    set_only(text, monkeypatch)
+    for use in (place, partial(pick_device, "cpu"), partial(World, torch.device("cpu"))):
+        with pytest.raises(SettingError, match=reason):
+            use()
+
+
+def set_only(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (pair.split("=") for pair in text.split()):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_whose_others_never_start_says_so(pretend, monkeypatch):
+    """The variables of a run that is long over, still in the shell: all of them, and they fit together."""
+    pretend(0, 2)
+    with socket.create_server(("localhost", 0)) as free:
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setattr(distributed, "CONNECTION_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(UserError, match=r"process 0 of 2 cannot reach the others .*for a single process unset RANK"):
+        World(torch.device("cpu")).__enter__()
+
+
 def test_alone_everything_is_one_s_own_share():
     with World(torch.device("cpu")) as world:
         values = torch.arange(6.0)
@@ -205,9 +274,8 @@ def test_alone_a_process_computes_every_batch_whole():
 
 
 @pytest.mark.parametrize(("size", "count", "batch_size"), [(2, 7, 3), (3, 10, 4), (4, 2, 64), (2, 8, 4)])
-def test_divided_batches_are_those_of_one_process(size, count, batch_size, monkeypatch):
+def test_divided_batches_are_those_of_one_process(size, count, batch_size, pretend, monkeypatch):
     """`gather` is replaced by one that computes the shares of all processes."""
-    monkeypatch.setenv("WORLD_SIZE", str(size))
     shares: list[int] = []
 
     def make(indices: Sequence[int]) -> torch.Tensor:
@@ -216,7 +284,7 @@ def test_divided_batches_are_those_of_one_process(size, count, batch_size, monke
 
     batches = []
     for rank in range(size):
-        monkeypatch.setenv("RANK", str(rank))
+        pretend(rank, size)
         world, whole = World(torch.device("cpu")), iter(range(0, count, batch_size))
 
         def gather(part: torch.Tensor, world: World = world, whole: Iterator[int] = whole) -> torch.Tensor:
@@ -284,11 +352,10 @@ def test_processes_that_see_different_files_find_out_all_of_them(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 7), (4, 2), (1, 3)])
-def test_equal_shares_cover_everything_in_order_and_are_equal(monkeypatch, size, count):
+def test_equal_shares_cover_everything_in_order_and_are_equal(pretend, size, count):
     shares = []
     for rank in range(size):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(size))
+        pretend(rank, size)
         shares.append(World(torch.device("cpu")).equal_share(range(count)))
     assert len({len(share) for share in shares}) == 1
     assert [i for share in shares for i in share][:count] == list(range(count))

@@ -93,6 +93,20 @@ def test_what_was_flushed_outlives_a_kill(tmp_path):
     monitor.__exit__(None, None, None)
 
 
+def test_each_log_is_written_without_the_other(tmp_path, monkeypatch, caplog):
+    """A package that is missing or broken, something else in the place of a file."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        (tmp_path / "a").mkdir()
+        show(tmp_path / "a", 1, 8)
+    assert [event["step"] for event in lines(tmp_path / "a")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    (tmp_path / "b/scalars.jsonl").mkdir(parents=True)
+    show(tmp_path / "b", 1, 8)
+    assert scalars(tmp_path / "b")["loss/train"] == list(range(1, 9))
+    told = [record.getMessage().partition(" (")[0] for record in caplog.records]
+    assert told == [f"cannot write {tmp_path}/{name}" for name in ("a/tensorboard", "b/scalars.jsonl")]
+
+
 def test_numbers_that_json_lacks_are_null(tmp_path):
     with Monitor(tmp_path, 0, 100, 10, 1) as monitor:
         monitor.show_validation(1, float("nan"), None)
@@ -101,7 +115,7 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
 
 
 FULL = """
-import resource, signal, sys, torch
+import resource, signal, sys, torch.utils.tensorboard
 from pathlib import Path
 from src.utils import errors, monitor
 
@@ -111,30 +125,25 @@ class Nowhere:  # TensorBoard's files do not fill up, so that ours does
     def __getattr__(self, name):
         return lambda *args: None
 
-monitor.SummaryWriter = lambda *args, **kwargs: Nowhere()
+torch.utils.tensorboard.SummaryWriter = lambda *args, **kwargs: Nowhere()
 
 def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     with monitor.Monitor(Path("."), 0, 100, 10, 1) as shown:
-        try:
-            for step in range(1, 100):
-                shown.count_step(step, torch.tensor(0.5), torch.tensor(2.0), 1e-3)
-        except OSError as error:
-            print(type(error).__name__, error.errno, step > 1)
-            raise
+        for step in range(1, 100):
+            shown.count_step(step, torch.tensor(0.5), torch.tensor(2.0), 1e-3)
     return 0
 
 errors.run(main, "train.py", True)
 """
 
 
-def test_a_full_disk_is_an_error_of_the_system_in_the_main_thread(tmp_path):
+def test_a_full_disk_costs_curves_and_a_warning(tmp_path):
     """A limit on the size of files stands in for the disk. What fitted in is read by the next run."""
     command = [sys.executable, "-c", FULL]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (1, f"OSError {errno.EFBIG} True\n"), done.stderr
-    reason = os.strerror(errno.EFBIG)
-    assert done.stderr == f"train.py: error: [Errno 27] {reason}; free space or choose another place\n"
+    warning = f"cannot write scalars.jsonl ([Errno 27] {os.strerror(errno.EFBIG)}): the run goes on without it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, warning, "")
     whole = [line for line in (tmp_path / "scalars.jsonl").read_text().split("\n") if line.endswith("}")]
     show(tmp_path, len(whole) + 1, len(whole) + 1)
     assert [event["step"] for event in lines(tmp_path)][: len(whole) + 1] == list(range(1, len(whole) + 2))

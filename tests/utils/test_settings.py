@@ -386,6 +386,7 @@ def calls(tmp_path_factory) -> dict[str, Calls]:
         patch.setattr(train.Trainer, "run", run)
         patch.setattr(datasets, "classes", lambda *where: ("a", "b"))
         patch.setattr(pictures, "plot_losses", lambda *curves: None)  # slow
+        patch.setattr(devices, "can_compile", lambda device: True)  # likewise
         patch.setattr(evaluation, "make_scorers", lambda *_: SimpleNamespace(all=list, networks={}))
         patch.setattr(evaluation, "collect", stop)
         watch(datasets, "load", load)
