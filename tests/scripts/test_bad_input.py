@@ -128,7 +128,7 @@ CASES = [  # command, exit status, parts of the line
     ("eval.py --output_dir file/below", 2, "--output_dir file/below: Not a directory"),
     ("sample.py --checkpoint=", 2, "--checkpoint: is '', but must be a path"),
     ("sample.py --checkpoint nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
-    ("sample.py --checkpoint .", 1, "no checkpoint at .: train one with"),
+    ("sample.py --checkpoint .", 1, "no checkpoint at ., which is a directory: train one with"),
     ("sample.py --checkpoint file", 1, "file is no checkpoint, or a truncated one: give another"),
     ("sample.py --checkpoint truncated.pth", 1, "truncated.pth is no checkpoint, or a truncated one: give another"),
     ("eval.py --checkpoint foreign.pth", 1, "foreign.pth is another program's checkpoint"),
