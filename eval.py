@@ -87,8 +87,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     place = Path(args.output_dir)
     if "output_dir" not in args.given:  # each model and way of sampling has a folder of its own
         place /= evaluation.folder_name(model, options)
-    (directory,) = directories.make_directories({"output_dir": str(place)})
-    evaluation.run(model, options, directory, world)
+    with directories.output_directories({"output_dir": str(place)}) as (directory,):
+        evaluation.run(model, options, directory, world)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ import torch
 from src.generation import Generator, restore, to_uint8
 from src.utils import checkpoint, devices, directories, pictures
 from src.utils.distributed import World
-from src.utils.progress import progress_in_steps
+from src.utils.progress import counted, progress_in_steps
 
 log = logging.getLogger("sample")
 
@@ -56,9 +56,10 @@ def write_samples(
     With classes in turn, called `names`, the number is rounded up so that each gets equally many images.
     """
     count = args.num_samples + (-args.num_samples % len(names) if names else 0)
-    how = f"{count} images{' of ' * bool(names)}{', '.join(names)}, {args.sampler}, {generator.steps} steps"
+    of = f" of {', '.join(names)}" if names else ""
+    how = f"{counted(count, 'image')}{of}, {args.sampler}, {counted(generator.steps, 'step')}"
     log.info("%s on %s: %s", args.checkpoint, devices.describe_device(generator.device, generator.precision), how)
-    gallery = pictures.Gallery(directory, names, (world.rank, world.size))
+    gallery = pictures.Gallery(directory, names, generator.classes, (world.rank, world.size))
     animated = min(count, args.batch_size, pictures.GRID_IMAGES, gallery.most)
     frames: list[torch.Tensor] = []  # x_t of the first batch, as grids
     step = itertools.count(1)
@@ -82,9 +83,9 @@ def write_samples(
                 strip = generator.interpolate(args.seed, *size, lambda x_t: advance(len(x_t)))
             pictures.save_png(pictures.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
         extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
-        log.info("wrote grid.png, %d images%s to %s", count, extras, directory)
-        if world.size == 1 and gallery.left_over():  # with several, other processes may still be writing
-            log.warning("%d images of an earlier run are still there, too", gallery.left_over())
+        log.info("wrote grid.png, %s%s to %s", counted(count, "image"), extras, directory)
+        if world.size == 1 and (left := gallery.left_over()):  # with several, others may still be writing
+            log.warning("in the same place: %s of an earlier run", counted(left, "image"))
 
 
 def sample(args: argparse.Namespace, world: World) -> int:
@@ -98,8 +99,8 @@ def sample(args: argparse.Namespace, world: World) -> int:
     with errors.setting_errors():
         how = args.sampler, args.steps, args.eta, precision, classes, counts, args.guidance_scale
         generator = Generator(unet, diffusion, *how)
-    (directory,) = directories.make_directories({"output_dir": args.output_dir})
-    write_samples(generator, args, directory, world, names)
+    with directories.output_directories({"output_dir": args.output_dir}) as (directory,):
+        write_samples(generator, args, directory, world, names)
     return 0
 
 

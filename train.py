@@ -30,6 +30,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
 
 import logging
+import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -44,7 +45,7 @@ from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
 from src.utils.monitor import Monitor, Silence, describe
-from src.utils.progress import Pace, duration, progress, progress_in_steps
+from src.utils.progress import Pace, counted, duration, progress, progress_in_steps
 from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
 
@@ -203,27 +204,37 @@ class Trainer:
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
         best, final = (Path(args.checkpoint_path, name) for name in ("best.pth", "final.pth"))
-        path = best if best.exists() else final
-        log.info("done; next, with --checkpoint %s: sample.py, or eval.py --data_path %s", path, args.data_path)
+        model = "--checkpoint", str(best if best.exists() else final)
+        if args.run and best.exists() and "checkpoint_path" not in args.given:
+            model = "--run", args.run
+        data = ["--data_path", args.data_path] if "data_path" in args.given else []
+        log.info("done; next: python sample.py %s, or python eval.py %s", *map(shlex.join, (model, [*model, *data])))
         return 0
 
 
 def train(args: argparse.Namespace, world: World) -> int:
     """Resume the run in CHECKPOINT_PATH, or start a new one; returns the exit status."""
     trainer, directory = Trainer(args, world), Path(args.checkpoint_path)
-    earlier = checkpoint.of_run(directory)
-    world.agree(trainer.data, "the training images")  # after which every process has looked for `earlier`
-    if earlier and not args.fresh:
-        trainer.checkpoints.resume(earlier[0])
-    else:
-        if args.init_from:  # before the old run is deleted, which may hold these weights
-            trainer.checkpoints.start_from(Path(args.init_from))
-        if world.is_main:  # only now: a run that cannot start must not cost the old one
-            checkpoint.clear(directory, args.overwrite)
-    world.agree(trainer.learner.steps, "the checkpoint to resume from")
+    resume = bool(checkpoint.of_run(directory)) and not args.fresh
+    world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
+    if args.init_from and not resume:  # before the old run is deleted, which may hold these weights
+        trainer.checkpoints.start_from(Path(args.init_from))
+    with lock.hold(directory) if world.is_main else nullcontext():  # only now: a refused run leaves no lock, either
+        if resume:
+            trainer.checkpoints.resume(next(iter(checkpoint.of_run(directory)), directory / "latest.pth"))
+        elif world.is_main:  # only now: a run that cannot start must not cost the old one
+            trainer.checkpoints.clear()
+        world.agree(trainer.learner.steps, "the checkpoint to resume from")
+        return go_on(trainer)
+
+
+def go_on(trainer: Trainer) -> int:
+    """Train the epochs that are left; returns the exit status."""
+    args, world = trainer.args, trainer.world
     log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
     if (done := trainer.learner.epoch) >= args.epochs:
-        log.info("nothing to do: %d epochs are done; raise --epochs, or start anew with --fresh --overwrite", done)
+        advice = "raise --epochs, or start anew with --fresh --overwrite"
+        log.info("nothing to do after %s: %s", counted(done, "epoch"), advice)
         return 0
     try:
         return trainer.run()
@@ -234,12 +245,11 @@ def train(args: argparse.Namespace, world: World) -> int:
 
 def main(args: argparse.Namespace) -> int:
     paths = {name: getattr(args, name) for name in ("checkpoint_path", "output_path", "log_path")}
-    directory, *_ = directories.make_directories(paths)
     device = devices.pick_device(args.device)
     cores.share(device)
     with (
+        directories.output_directories(paths),
         World(device) as world,
-        lock.hold(directory) if world.is_main else nullcontext(),
         devices.float32_kernels(device, fast=True),
     ):
         return train(args, world)

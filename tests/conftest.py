@@ -114,7 +114,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A copy of the bundled images: extracted files must not land in the repository."""
+    """A copy of the bundled images: no test writes into the repository."""
     return shutil.copytree(TINY, tmp_path_factory.mktemp("data") / "tiny")
 
 

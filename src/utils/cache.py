@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +65,7 @@ def recall(name: str, key: str, make: Callable[[], dict[str, Any]], place: Path 
         place: directory of the cache; None means `folder()`.
     """
     file = (place or folder()) / f"{name}-{key[:16]}.pt"
-    if file.exists():
+    if os.path.exists(file):  # False, too, in a directory that must not be read
         try:
             state = checkpoint.load(file)
             if state.get("key") == key:

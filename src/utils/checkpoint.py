@@ -62,11 +62,8 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
         UserError: the file is missing, damaged, of another program or of a newer version of this one; some of its
             numbers are not finite; or it lacks `weights` or their settings.
     """
-    if not path.is_file():
-        there = next(filter(Path.is_file, of_run(path.parent)), Path("weights", "fashion-mnist.pth"))
-        raise UserError(
-            f"no checkpoint at {path}: train one with python train.py, or give a file that is there, such as {there}"
-        )
+    if not os.path.isfile(path):
+        raise _missing(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.save writes no compressed entries and no directories. For a directory, torch.load would return
@@ -137,6 +134,20 @@ def clear(directory: Path, overwrite: bool) -> None:
 def other_version(path: Path) -> UserError:
     """The error for an undamaged checkpoint whose content does not fit this version of the program."""
     return UserError(f"{path} was written by another version of this program: use that one, or train anew")
+
+
+def _missing(path: Path) -> UserError:
+    """The error for a checkpoint that is not there; it names one that is, if there is any near by."""
+    folder = path if os.path.isdir(path) else path.parent
+    near = [
+        *of_run(folder),
+        folder / "weights.pth",
+        *of_run(folder / "checkpoints"),
+        Path("weights/fashion-mnist.pth"),
+    ]
+    there = [f", or give a file that is there, such as {file}" for file in near if os.path.isfile(file)][:1]
+    what = f"{path}, which is a directory" if folder == path else path
+    return UserError(f"no checkpoint at {what}: train one with python train.py{''.join(there)}")
 
 
 def _finite(value: Any) -> bool:

@@ -1,14 +1,25 @@
-"""Output directories: created and checked before the work begins."""
+"""Output directories: created and checked before the work begins, and removed if nothing came of it."""
 
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from src.utils.errors import SettingError
 
 
-def make_directories(places: Mapping[str, str]) -> list[Path]:
-    """Create directories, and check that files can be written there before hours of work are spent.
+def short(name: str, most: int = 60) -> str:
+    """Return the start of a name, as part of a file name: at most `most` bytes, for file systems allow 255."""
+    return name.encode("utf-8", "ignore")[:most].decode("utf-8", "ignore")
+
+
+@contextmanager
+def output_directories(places: Mapping[str, str]) -> Iterator[list[Path]]:
+    """Context with directories to which files can be written, which is checked before hours of work are spent.
+
+    They are created, with their parents. At the end, those that were created and are still empty are removed: a run
+    that is refused leaves nothing behind.
 
     Args:
         places: name of the flag (without --) → directory.
@@ -19,14 +30,20 @@ def make_directories(places: Mapping[str, str]) -> list[Path]:
     Raises:
         SettingError: some directories cannot be created or written; the message names all of them.
     """
-    paths, failures = [Path(place) for place in places.values()], []
-    for setting, path in zip(places, paths, strict=True):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            failures.append(f"--{setting} {path}: {error.strerror}")
-    if failures:
-        raise SettingError(f"{'; '.join(failures)}. Name directories that can be written")
-    return paths
+    paths, failures, created = [Path(place) for place in places.values()], [], []
+    try:
+        for setting, path in zip(places, paths, strict=True):
+            try:
+                created += [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+                path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path):
+                    pass
+            except OSError as error:
+                failures.append(f"--{setting} {path}: {error.strerror}")
+        if failures:
+            raise SettingError(f"{'; '.join(failures)}. Name directories that can be written")
+        yield paths
+    finally:
+        for folder in sorted(created, key=lambda folder: len(folder.parts), reverse=True):
+            with suppress(OSError):  # it is not empty, or was never created
+                folder.rmdir()

@@ -6,6 +6,7 @@ values are in settings.py. This module imports no heavy package, so that --help 
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ class Parser(argparse.ArgumentParser):
         if run := given.get("run"):
             values |= {name: f"{run}/{place}" for name, place in self.run_defaults.items() if name in values}
         values |= given
+        # The shell leaves --run=~/runs as it is, and does not see config.py. No other text may begin with ~.
+        values = {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in values.items()}
         if sentences := settings.problems(self.config, values, given.keys()):
             self.error("; ".join(sentences))
         return argparse.Namespace(**values, given=sorted(given))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.utils.devices import describe_device
 from src.utils.distributed import World
 from src.utils.errors import by_product
-from src.utils.progress import progress
+from src.utils.progress import counted, progress
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def describe(args: argparse.Namespace, model: nn.Module, world: World, precision
     return (
         f"device   {describe_device(world.device, precision)}{processes}\n"
         f"network  U-Net, {parameters:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
-        f"data     {args.dataset}: {images:,} images to train on, {args.val_size:,} held out\n"
+        f"data     {args.dataset}: {counted(images, 'image')} to train on, {args.val_size:,} held out\n"
         f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
     )
 

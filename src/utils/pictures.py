@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from src.utils.directories import short
 from src.utils.errors import writing
 
 GRID_IMAGES = 64  # most images in the grid of sample.py and of eval.py, 8 × 8
@@ -28,10 +30,15 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-def class_grid(images: Tensor, names: Sequence[str], gap: int = 2) -> Tensor:
-    """Tile images (N,C,H,W) uint8 of K classes in turn into a picture (C,H',W') with one labelled row per class."""
+def class_grid(images: Tensor, names: Sequence[str], numbers: Sequence[int], gap: int = 2) -> Tensor:
+    """Tile images (N,C,H,W) uint8 of K classes in turn into a picture (C,H',W') with one labelled row per class.
+
+    The label is the name of the class, or its number if no font on this machine has the characters of all names.
+    """
     height = images.shape[2] + gap
-    font = ImageFont.load_default(12)
+    font = _font("".join(names))
+    names = [name[:30] for name in names] if font else list(map(str, numbers))
+    font = font or ImageFont.load_default(12)
     width = math.ceil(max(font.getlength(name) for name in names)) + 8
     labels = Image.new("L", (width, height * len(names)))
     for row, name in enumerate(names):
@@ -40,6 +47,22 @@ def class_grid(images: Tensor, names: Sequence[str], gap: int = 2) -> Tensor:
     picture = image_grid(rows, columns=len(images) // len(names), gap=gap)  # (C, H', columns · W)
     strip = torch.from_numpy(np.array(labels)).expand(len(picture), -1, -1)  # (C, H', width)
     return torch.cat([strip, picture], dim=2)
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
+    """A font that has all characters of a text, or None: Pillow's own has ASCII, matplotlib's other alphabets too."""
+    if text.isascii():
+        return ImageFont.load_default(12)
+    import matplotlib  # slow to import, and seldom needed
+    from matplotlib import font_manager, ft2font
+
+    wanted = set(map(ord, text))
+    installed = (file for file in sorted(font_manager.findSystemFonts()) if "LastResort" not in file)  # boxes only
+    for file in [f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", *installed]:
+        with suppress(OSError, RuntimeError):  # a font that FreeType cannot read
+            if wanted <= ft2font.FT2Font(file).get_charmap().keys():
+                return ImageFont.truetype(file, 12)
+    return None
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -59,12 +82,18 @@ class Gallery:
 
     Args:
         directory: of the files.
-        names: of the classes that the images have in turn; empty for images without a class.
+        names, numbers: of the classes that the images have in turn; empty for images without a class.
         share: (rank, size): of several processes, this one writes every image whose number is rank modulo size.
     """
 
-    def __init__(self, directory: Path, names: Sequence[str] = (), share: tuple[int, int] = (0, 1)) -> None:
-        self.directory, self.names, self.share = directory, names, share
+    def __init__(
+        self,
+        directory: Path,
+        names: Sequence[str] = (),
+        numbers: Sequence[int] = (),
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.directory, self.names, self.numbers, self.share = directory, names, numbers, share
         self.most = len(names) * CLASS_COLUMNS if len(names) > 1 else GRID_IMAGES
         self.earlier = {path: path.stat().st_mtime_ns for path in directory.glob("sample_*.png")}
         self.count = 0
@@ -74,7 +103,7 @@ class Gallery:
         """Write a batch (B,C,H,W) uint8 to sample_00000.png and so on, with the name of the class if there are any."""
         rank, size = self.share
         for image in images:
-            name = f"_{self.names[self.count % len(self.names)]}" if self.names else ""
+            name = f"_{short(self.names[self.count % len(self.names)])}" if self.names else ""
             if self.count % size == rank:
                 save_png(image, self.directory / f"sample_{self.count:05d}{name}.png")
             if self.count < self.most:
@@ -88,7 +117,7 @@ class Gallery:
     def grid(self) -> Tensor:
         """The first images as one picture (C,H',W'), with one row per class if there are several."""
         shown = torch.stack(self.shown)
-        return class_grid(shown, self.names) if len(self.names) > 1 else image_grid(shown)
+        return class_grid(shown, self.names, self.numbers) if len(self.names) > 1 else image_grid(shown)
 
 
 def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:

@@ -1,4 +1,4 @@
-"""Progress of whatever takes long: bars on a terminal, lines of the log elsewhere, and the pace of a training."""
+"""Progress of whatever takes long: bars on a terminal, lines of the log elsewhere; numbers and times in words."""
 
 import io
 import logging
@@ -99,6 +99,11 @@ def duration(seconds: float) -> str:
     if minutes < 2:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "1,000 images"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 class Pace:

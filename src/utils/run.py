@@ -16,6 +16,10 @@ from src.utils.errors import SettingError, UserError
 log = logging.getLogger("train")
 
 WEIGHTS_ONLY = ("settings", "init_from", "epoch", "step", "ema")  # what weights.pth holds of a state
+RESULTS = {  # of a run, beside its checkpoints
+    "output_path": ("samples_epoch_*.png", "losses.png"),
+    "log_path": ("scalars.jsonl", "tensorboard/events.out.tfevents.*"),
+}
 
 
 class Learner(Protocol):
@@ -85,6 +89,18 @@ class Run:
         if name == "latest.pth":
             self.save_due = time.monotonic() + 60 * self.args.save_minutes
         return path
+
+    def clear(self) -> None:
+        """Delete the earlier run, so that a new one can start: its checkpoints, pictures and logs.
+
+        Raises:
+            SettingError: it left checkpoints, and --overwrite is not given.
+        """
+        checkpoint.clear(Path(self.args.checkpoint_path), self.args.overwrite)
+        for setting, patterns in RESULTS.items() if self.args.overwrite else ():
+            for pattern in patterns:
+                for path in Path(getattr(self.args, setting)).glob(pattern):
+                    path.unlink()
 
     def start_from(self, path: Path) -> None:
         """Start from the averaged weights in checkpoint `path`; raises as `fine_tuning.initialise` does."""

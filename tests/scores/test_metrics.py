@@ -204,10 +204,11 @@ def test_unusable_cache_file_is_made_again_with_a_warning(tmp_path, caplog, dama
     assert extractor.calls == 40, "the file was not mended"
 
 
-def test_unwritable_cache_costs_only_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("place", ["file", "long" * 100])  # of the second one cannot even ask whether it is there
+def test_unwritable_cache_costs_only_a_warning(place, tmp_path, caplog):
     (tmp_path / "file").write_text("where the directory belongs")
     with caplog.at_level(logging.WARNING):
-        features = metrics.reference_features(random_images(9, 4), LinearExtractor(), tmp_path / "file")
+        features = metrics.reference_features(random_images(9, 4), LinearExtractor(), tmp_path / place)
     assert features.shape == (9, FEATURES)
     assert "again" in caplog.text
 

@@ -56,7 +56,7 @@ def test_a_first_run_names_its_device_network_data_and_result(trained):
     assert trained.first.stderr == "" and "RESUMING" not in text
     assert "cpu" in text and re.search(r"[\d,]+ parameters", text) and "400 images to train on, 600 held out" in text
     assert re.findall(r"^epoch (\d)/2: loss [\d.]+, validation [\d.]+", text, re.MULTILINE) == ["1", "2"]
-    assert text.splitlines()[-1].startswith("done; next, with --checkpoint checkpoints/best.pth: sample.py")
+    assert text.splitlines()[-1].startswith("done; next: python sample.py --checkpoint checkpoints/best.pth, or")
 
 
 def test_the_same_command_with_more_epochs_resumes(trained):

@@ -497,3 +497,42 @@ def test_an_impatient_user_gets_one_line_and_status_130(random_model, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         errors.run(lambda: sample.main(arguments(sample, *flags)), "sample.py", quiet=False)
     assert (stop.value.code, capsys.readouterr().err) == (130, "sample.py: error: interrupted\n")
+
+
+# ---- names of classes -----------------------------------------------------------------------------------
+
+
+def labels(*names: str) -> list[np.ndarray]:
+    """The rows of a grid of black images, in which only the labels are to be seen."""
+    grid = pictures.class_grid(torch.zeros(len(names), 1, 16, 16, dtype=torch.uint8), names, range(len(names)))
+    return [row.numpy() for row in grid[0].split(18)]
+
+
+@pytest.mark.parametrize("names", ["éè", "ЖЯ", "ΩΞ", "猫犬", "가나", "\ue000\ue001"], ids=ascii)
+def test_classes_are_told_apart_in_any_script(names):
+    """A font without their characters would show the same box for each; without any font, there are numbers."""
+    one, two = labels(*names)
+    assert one.any() and two.any() and not np.array_equal(one, two)
+
+
+def test_where_no_font_has_the_characters_classes_are_numbered(monkeypatch):
+    numbers = labels("0", "1")
+    monkeypatch.setattr(pictures, "_font", lambda text: None)
+    assert np.array_equal(labels("猫", "犬"), numbers)
+
+
+@pytest.mark.parametrize("letter", ["n", "猫"])
+def test_names_of_files_are_shortened(letter, tmp_path):
+    """File systems allow 255 bytes, and a folder with such a name can be a class."""
+    gallery = pictures.Gallery(tmp_path, [letter * 250, "b"], [0, 1])
+    gallery.add(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    first, second = sorted(path.name for path in tmp_path.iterdir())
+    assert first.startswith(f"sample_00000_{letter * 10}") and second == "sample_00001_b.png"
+    assert gallery.grid().shape[2] < 1000
+
+
+def test_one_image_is_not_one_images(draw, caplog):
+    caplog.set_level("INFO")
+    draw("one", "--num_samples", 1, "--steps", 1)
+    assert "1 image, dpmpp_2m_sde, 1 step" in caplog.text and "grid.png, 1 image to" in caplog.text
+    assert "1 images" not in caplog.text and "1 steps" not in caplog.text

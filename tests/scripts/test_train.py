@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, quick_arguments, read_png, scalars, share_apart
+from conftest import (
+    ENVIRONMENT,
+    NETWORK,
+    ROOT,
+    SMALL,
+    TINIEST,
+    arguments,
+    differences,
+    quick_arguments,
+    read_png,
+    scalars,
+    share_apart,
+)
 from torch import Tensor
 
 import train
@@ -627,6 +639,29 @@ def test_fresh_with_overwrite_starts_anew(quick, saved, once):
     quick("run", "--epochs", 1, "--seed", 1, "--time_steps", 40)
     assert quick("run", "--epochs", 2, "--fresh", "--overwrite") == 0
     assert not differences(saved("run", "final.pth"), once("--epochs", 2)["final.pth"])
+
+
+def test_fresh_with_overwrite_leaves_no_pictures_or_curves_of_the_old_run(quick, tmp_path):
+    quick("run", "--epochs", 3)
+    (mine := tmp_path / "run/output/samples").mkdir()
+    assert quick("run", "--epochs", 1, "--fresh", "--overwrite") == 0
+    assert {path.name for path in mine.parent.iterdir()} == {"samples", "samples_epoch_0001.png"}
+    assert len(list((tmp_path / "run/log/tensorboard").iterdir())) == 1
+    assert max(map(max, scalars(tmp_path / "run/log").values())) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        (["--run", "my runs/a"], "--run 'my runs/a'"),
+        (["--run", "runs", "--checkpoint_path", "best ones"], "--checkpoint 'best ones/best.pth'"),
+    ],
+)
+def test_the_last_line_names_commands_that_fit(flags, model, quick, data, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    train.main(arguments(train, *TINIEST, *NETWORK, "--epochs", 1, "--data_path", data, *flags))
+    assert caplog.messages[-1] == f"done; next: python sample.py {model}, or python eval.py {model} --data_path {data}"
 
 
 def test_weights_alone_are_not_lost_to_a_new_run_either(quick, failing, saved, tmp_path):

@@ -172,6 +172,33 @@ def test_an_empty_run_is_refused(script, monkeypatch, capsys):
     assert "argument --run: is '', but must be a path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        (train, "run data_path checkpoint_path output_path log_path init_from"),
+        (sample, "run checkpoint output_dir"),
+        (evaluate, "run checkpoint output_dir data_path inception_weights"),
+    ],
+)
+def test_a_tilde_in_a_flag_is_the_home_directory(script, names, monkeypatch):
+    """The shell expands it in `--run ~/runs`, but not in `--run=~/runs`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in names.split():
+        args = vars(arguments(script, f"--{name}=~/runs"))
+        assert args[name] == "/home/me/runs"
+        assert not any(str(value).startswith("~") for value in args.values())
+
+
+def test_a_tilde_in_config_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"):
+        monkeypatch.setattr(config, name, "~/here")
+    args = arguments(train)
+    assert {args.data_path, args.checkpoint_path, args.output_path, args.log_path} == {"/home/me/here"}
+    assert arguments(sample).checkpoint == "/home/me/here/best.pth"
+    assert arguments(evaluate).output_dir == "/home/me/here/eval"
+
+
 def test_eval_generates_a_thousand_images_by_default(monkeypatch):
     assert parse(evaluate, monkeypatch).num_samples == 1000
 
