@@ -62,6 +62,9 @@ class Trainer:
 
         where = args.dataset, args.data_path
         images, labels = world.main_first(lambda: datasets.load(*where, "train", args.image_size, args.channels))
+        digests = datasets.digests(*where, "train")
+        sizes = len(images), args.val_size, args.batch_size, world.size * args.accumulate, args.given
+        args.val_size, args.batch_size = datasets.training_sizes(*sizes)
         count = datasets.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels, self.held_out = images[:count], labels[:count], images[count:]
         self.batches_per_epoch = count // args.batch_size
@@ -69,10 +72,12 @@ class Trainer:
 
         values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         values["classes"] = list(datasets.classes(*where)) if args.class_conditional else []
-        self.data = datasets.fingerprint(images, labels)
+        for name in datasets.left_out(values["classes"], self.labels):
+            log.warning("no image of the class %s is left to train on: add some", name)
+        self.data = datasets.fingerprint(images, labels, digests)
         model, self.diffusion = build(values, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, values)
-        self.checkpoints = Run(args, self.learner, world, values, self.data, str(self.precision))
+        self.checkpoints = Run(args, self.learner, world, values, self.data, digests, str(self.precision))
 
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""
@@ -151,7 +156,7 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, learner.steps, path)
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
-            except (OSError, errors.WriteError):  # a log or a picture could not be written: save what was learnt
+            except (OSError, errors.UserError):  # a file could not be read or written: save what was learnt
                 self.checkpoints.save("latest.pth")
                 raise
         best = Path(args.checkpoint_path, "best.pth")

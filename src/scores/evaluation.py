@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from src.data import datasets
-from src.data.folder import Images
+from src.data.images import Images
 from src.diffusion import Diffusion
 from src.generation import Generator, restore
 from src.model import UNet
 from src.scores import classifier, copies, inception, likelihood, metrics, report
-from src.utils import checkpoint, devices, errors, flags, pictures
+from src.utils import checkpoint, devices, errors, flags, identity, pictures
 from src.utils.distributed import World
 from src.utils.progress import progress
 
@@ -45,12 +45,14 @@ class Model:
         sha256: of the checkpoint.
         settings: with which it was trained (lower-case names), and "classes", the names of its classes.
         generator: with the averaged weights.
+        trained_on: the files that it was trained on, as `identity.record` returns them; None if unknown.
     """
 
     file: str
     sha256: str
     settings: dict[str, Any]
     generator: Generator
+    trained_on: dict[str, Any] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -88,6 +90,7 @@ class Data:
         test, test_labels: the test split.
         reference: the test images with which generated images are compared: of the same classes, or all of them.
         classes: the names of the labels; empty if the data set has no classes.
+        notes: sentences on what makes the scores unreliable.
     """
 
     training: Images
@@ -96,6 +99,7 @@ class Data:
     test_labels: Tensor
     reference: Images
     classes: tuple[str, ...]
+    notes: list[str]
 
 
 Scorer = metrics.Scores | classifier.ClassifierScores | copies.Neighbours
@@ -154,7 +158,7 @@ def load_model(
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
         generator = Generator(unet, diffusion, sampler, steps, eta, dtype, labels, guidance_scale)
-    return Model(file, sha256, state["settings"], generator)
+    return Model(file, sha256, state["settings"], generator, state.get("trained_on"))
 
 
 def folder_name(model: Model, options: Options) -> str:
@@ -212,6 +216,7 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
         return
 
     scores = collect(scorers)
+    scores["notes"] += data.notes
     facts = protocol(model, options, len(data.reference), len(data.test)) | scorers.networks
     if not options.classifier_only:
         bound, extent = bits_per_dim(generator.unet, generator.diffusion, data.test, options.seed)
@@ -229,7 +234,8 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     """Load both splits of the data set on which the model was trained, in the size and colours of the model.
 
     Raises:
-        SettingError: images of certain classes are asked for, and the data set has other classes than the model.
+        SettingError: images of certain classes are asked for, and the data set has other classes than the model, or
+            no test images of them.
         UserError: the data set cannot be had.
     """
     settings, labels = model.settings, model.generator.classes
@@ -239,9 +245,24 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     classes = datasets.classes(name, options.data_path)
     if labels and classes != tuple(settings["classes"]):
         raise errors.SettingError(f"--class: the classes in {options.data_path} are not those of the model")
+    notes = _trained_on(model, options)
     reference = test[torch.isin(test_labels, torch.tensor(labels)).nonzero()[:, 0]] if labels else test
+    if not len(reference):
+        raise errors.SettingError(
+            f"--class {' '.join(model.classes)}: {options.data_path} has no test images of it to compare with"
+        )
     training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
-    return Data(training, training_labels, test, test_labels, reference, classes)
+    return Data(training, training_labels, test, test_labels, reference, classes, notes)
+
+
+def _trained_on(model: Model, options: Options) -> list[str]:
+    """Warn, and return a note, if the model was trained on some of the test images."""
+    digests = datasets.digests(model.settings["dataset"], options.data_path, "test")
+    if not model.trained_on or not (seen := identity.known(model.trained_on, digests)[0]):
+        return []
+    note = f"The model was trained on at least {seen} of the {len(digests)} test images: its scores are too good."
+    log.warning("%s", note)
+    return [note]
 
 
 def make_scorers(data: Data, options: Options, world: World) -> Scorers:

@@ -23,12 +23,13 @@ log = logging.getLogger(__name__)
 
 def describe(args: argparse.Namespace, model: nn.Module, world: World, precision: torch.dtype, images: int) -> str:
     """Summarise a training in four lines: device and precision, network, data, and directories of the results."""
+    counts = f"{images:,} images to train on, {args.val_size:,} held out; batch {args.batch_size}"
     processes = f", {world.size} processes" if world.size > 1 else ""
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"device   {describe_device(world.device, precision)}{processes}\n"
         f"network  U-Net, {parameters:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
-        f"data     {args.dataset}: {images:,} images to train on, {args.val_size:,} held out\n"
+        f"data     {args.dataset}: {counts}\n"
         f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
     )
 

@@ -1,11 +1,9 @@
 """A directory of the user's own images: real pictures, written in common file formats."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from conftest import ENVIRONMENT, NETWORK, arguments, differences, run_script
 from PIL import Image
 
 import train
-from src.data import datasets, folder
+from src.data import datasets, folder, images
 from src.data.datasets import batches, classes, in_order, load
-from src.data.folder import ImageFiles, decode
+from src.data.images import ImageFiles, decode
 from src.diffusion import Diffusion
 from src.model import UNet
 from src.scores import copies
@@ -25,9 +23,6 @@ from src.training import Learner, validation_loss
 from src.utils import cache, checkpoint
 from src.utils.distributed import World
 from src.utils.errors import SettingError, UserError
-
-# Two workers even on one processor: the order must not depend on which of them finishes first.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")
 
 CPU = torch.device("cpu")
 HUES = [(np.array(rgb) / 255) for rgb in ((230, 60, 60), (60, 200, 60), (70, 90, 240), (240, 220, 60), (200, 80, 220))]
@@ -61,10 +56,9 @@ def coloured(clothes, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """Always decode images as needed, and in two worker processes."""
+    """Always decode images as needed, and in two threads: the order must not depend on which finishes first."""
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr(folder, "FEW", 0)
-    monkeypatch.setattr(folder, "_processors", lambda: 2)
+    monkeypatch.setattr(images, "_processors", lambda: 2)
 
 
 # ---- one image -------------------------------------------------------------------------------------------
@@ -149,23 +143,22 @@ def test_a_file_that_cannot_be_read_is_named(damage, tmp_path):
 
 
 def names(root: Path, split: str) -> list[str]:
-    return sorted(str(Path(path).relative_to(root)) for path in folder.find(root, split)[0])
+    return sorted(str(Path(path).relative_to(root)) for path in folder.survey(root).files(split)[0])
 
 
 def test_classes_are_the_first_folders(tmp_path):
-    for i in range(20):
+    for i in range(40):
         save(tmp_path / ("dog" if i % 2 else "cat/black") / f"{i:02d}.png", PICTURE)
     (tmp_path / "empty").mkdir()
     (tmp_path / "cat/notes.txt").write_text("no image")
     save(tmp_path / ".thumbnails/x.png", PICTURE)
     save(tmp_path / "dog/._01.png", PICTURE)
     assert classes("folder", tmp_path) == ("cat", "dog")
-    for split, count in (("train", 18), ("test", 2)):
-        paths, labels, _ = folder.find(tmp_path, split)
+    for split in ("train", "test"):
+        paths, labels = folder.survey(tmp_path).files(split)
         assert [("cat", "dog")[y] for y in labels] == [Path(path).relative_to(tmp_path).parts[0] for path in paths]
-        assert len(paths) == count
         assert labels.dtype == torch.int64
-    assert names(tmp_path, "test") == ["cat/black/00.png", "dog/01.png"]  # the 1st and the 11th of all
+    assert len(names(tmp_path, "test") + names(tmp_path, "train")) == 40
     assert not set(names(tmp_path, "test")) & set(names(tmp_path, "train"))
 
 
@@ -173,8 +166,8 @@ def test_without_folders_there_are_no_classes(tmp_path):
     for i in range(11):
         save(tmp_path / f"{i:02d}.png", PICTURE)
     assert classes("folder", str(tmp_path)) == ()
-    assert folder.find(tmp_path, "train")[1].tolist() == [0] * 9
-    assert names(tmp_path, "test") == ["00.png", "10.png"]
+    train = folder.survey(tmp_path).files("train")[1]
+    assert train.tolist() == [0] * len(train) and len(train) + len(names(tmp_path, "test")) == 11
 
 
 def test_folders_called_train_and_test_are_the_splits(tmp_path):
@@ -184,15 +177,15 @@ def test_folders_called_train_and_test_are_the_splits(tmp_path):
     assert classes("folder", tmp_path) == ("a", "b")
     assert names(tmp_path, "test") == ["test/a/0.png", "test/a/2.png", "test/b/1.png"]
     assert len(names(tmp_path, "train")) == 12
-    assert sorted(folder.find(tmp_path, "test")[1].tolist()) == [0, 0, 1]
+    assert sorted(folder.survey(tmp_path).files("test")[1].tolist()) == [0, 0, 1]
 
 
 def test_held_out_images_are_of_every_class(coloured):
     """Training holds out the last images: sorted by path, these would all be of one class."""
     labels = load("folder", coloured, "train", 16)[1]
     assert len(set(labels[-40:].tolist())) == len(HUES)
-    first, again = folder.find(coloured, "train"), folder.find(coloured, "train")
-    assert (first[0], first[2]) == (again[0], again[2]) and torch.equal(first[1], again[1])
+    first, again = folder.survey(coloured).files("train"), folder.survey(coloured).files("train")
+    assert first[0] == again[0] and torch.equal(first[1], again[1])
 
 
 def broken(root: Path, case: str) -> None:
@@ -204,10 +197,14 @@ def broken(root: Path, case: str) -> None:
     for name in {
         "one": ["a.png"],
         "beside": ["a.png", "class/b.png"],
-        "no test": ["train/cat/a.png", "train/cat/b.png", "val/cat/c.png"],
+        "no test": ["train/cat/a.png", "train/cat/b.png"],
         "strange": ["train/cat/a.png", "train/dog/b.png", "test/cow/c.png"],
         "flat test": ["train/cat/a.png", "train/dog/b.png", "test/c.png"],
         "no images": ["train/cat/a.png", "test/notes.gif"],
+        "two": ["train/a.png", "Training/b.png", "test/c.png"],
+        "no train": ["test/cat/a.png", "val/cat/b.png"],
+        "deep splits": ["data/train/cat/a.png", "data/val/cat/b.png"],
+        "splits of classes": ["cat/train/a.png", "cat/test/b.png", "dog/train/a.png", "dog/test/b.png"],
     }.get(case, []):
         save(root / name, PICTURE)
 
@@ -217,13 +214,17 @@ def broken(root: Path, case: str) -> None:
     [
         ("absent", "train", "which is no directory: name the one with your images"),
         ("file", "train", "which is no directory"),
-        ("empty", "train", "holds too few images for training (.png, .jpg, .jpeg, .webp, .bmp): add some"),
-        ("one", "train", "holds too few images for training"),
+        ("empty", "train", "holds too few images for training (.png, .jpg, .jpeg, .jfif, .webp, .bmp): add some"),
+        ("one", "test", "holds too few images for testing"),
         ("beside", "train", "has images both in class folders and beside them: move those into a folder"),
-        ("no test", "train", "has a folder train, but none called test: add it, or name"),
+        ("no test", "train", "has a folder train, but none called test with images: add it, or name"),
         ("strange", "test", "test has a class 'cow', unlike"),
         ("flat test", "test", "test has images beside the class folders, unlike"),
-        ("no images", "test", "holds too few images for testing"),
+        ("no images", "test", "has a folder train, but none called test with images: add it, or name"),
+        ("two", "train", "has the folders Training and train: keep one of them"),
+        ("no train", "train", "has a folder test, but none called train with images: add it, or name"),
+        ("deep splits", "train", "data has folders train, val, but splits are folders of DATA_PATH itself: name"),
+        ("splits of classes", "train", "cat has folders test, train, but splits are folders of DATA_PATH itself"),
     ],
 )
 def test_directories_that_will_not_do(case, split, message, tmp_path):
@@ -250,7 +251,7 @@ def test_fashion_mnist_as_files_gives_the_batches_of_fashion_mnist(side, data, t
         for i, (image, y) in enumerate(zip(images, labels, strict=True)):
             save(tmp_path / split / str(y.item()) / f"{i:05d}.png", image[0])
     for split, (images, labels) in expected.items():
-        order = torch.tensor([int(Path(path).stem) for path in folder.find(tmp_path, split)[0]])
+        order = torch.tensor([int(Path(path).stem) for path in folder.survey(tmp_path).files(split)[0]])
         assert sorted(order.tolist()) == list(range(len(images)))
         from_files = batches(*load("folder", tmp_path, split, side, 1), 16, 3, 4)
         built_in = batches(images[order], labels[order], 16, 3, 4)
@@ -298,32 +299,19 @@ def test_what_else_reads_images_reads_files_alike(coloured, streamed):
     assert loss == same
 
 
-@pytest.mark.parametrize("way", ["memory", "workers"])
+@pytest.mark.parametrize("way", ["memory", "threads"])
 def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
     for i in range(40):
-        save(tmp_path / f"{i}.png", PICTURE)
-    (tmp_path / "33.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    if way == "workers":
+        save(tmp_path / f"train/{i}.png", PICTURE)
+    save(tmp_path / "test/0.png", PICTURE)
+    (tmp_path / "train/33.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    if way == "threads":
         request.getfixturevalue("streamed")
     with pytest.raises(UserError, match=r"cannot read the image .*33\.png") as caught:
         for _ in batches(*load("folder", tmp_path, "train", 32), 4, 0, 0):
             pass
     assert "\n" not in str(caught.value)
 
-
-def test_signals_to_the_whole_group_are_the_main_process_business(coloured, streamed):
-    """The workers ignore the signals of Ctrl-C and batch systems until the training has saved its state."""
-    files, labels = load("folder", coloured, "train", 16)
-    expected = list(batches(files, labels, 8, 0, 0))
-    stream = batches(files, labels, 8, 0, 0)
-    seen = [next(stream), next(stream)]  # one from each worker: both ignore signals by now
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            os.kill(worker.pid, number)
-    seen += stream
-    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(seen, expected, strict=True))
 
 
 # ---- whole scripts ---------------------------------------------------------------------------------------
