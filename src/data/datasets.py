@@ -201,7 +201,8 @@ def training_sizes(
     """
     if "val_size" not in given:
         val_size = min(val_size, max(1, count // 10))
-    while "batch_size" not in given and batch_size > count - val_size and batch_size % (2 * parts) == 0:
+    rest = count - val_size
+    while "batch_size" not in given and 0 < rest < batch_size and batch_size % (2 * parts) == 0:
         batch_size //= 2
     return val_size, batch_size
 

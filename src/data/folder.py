@@ -139,13 +139,13 @@ def scan(root: Path) -> tuple[list[str], list[str]]:
             unreadable.append(f"{root / path} ({error.strerror})")
             return
         if real in seen or top.startswith(os.path.join(real, "")):
-            passed["linked again"].append(path)
+            passed["linked a second time"].append(path)
         elif stat.S_ISDIR(mode):
             folders.append((path, real))
         elif not path.lower().endswith(SUFFIXES):
             passed[os.path.splitext(path)[1].lower() or "without a suffix"].append(path)
         elif not stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            passed["no files"].append(path)
+            passed["that are no regular files"].append(path)
         else:
             images.append(path)
         seen.add(real)
