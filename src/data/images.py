@@ -124,11 +124,8 @@ class ImageFiles:
         if errors:
             for _, error in errors:
                 log.warning("%s", error)
-            names = ", ".join(path for path, _ in errors[:NAMED]) + ", ..." * (len(errors) > NAMED)
-            raise UserError(
-                f"cannot read {len(errors)} of {len(self)} images ({names}; all are named above): repair them, or "
-                "move them away"
-            )
+            names = ", ".join(path for path, _ in errors[:NAMED]) + ", and others named above" * (len(errors) > NAMED)
+            raise UserError(f"cannot read {len(errors)} of {len(self)} images ({names}): repair them, or move them away")
 
 
 Images = Tensor | ImageFiles  # (N, C, H, W) uint8
