@@ -7,12 +7,12 @@ whether a resumed run may change it is in src/utils/settings.py.
 
 # Data
 DATASET: str = "fashion-mnist"  # the data set; folder = your own images in DATA_PATH
-VAL_SIZE: int = 2000  # training images held out for the validation loss
+VAL_SIZE: int = 2000  # training images held out for the validation loss; without the flag, a tenth at most
 IMAGE_SIZE: int = 32  # height and width in pixels; 28×28 images are padded with black, those of a folder are resized
 CHANNELS: int = 1  # 1 = grayscale, 3 = colour; cifar10 and folder have 3 by default
 
 # Training
-BATCH_SIZE: int = 64  # images per batch, over all processes; in training, per optimiser step
+BATCH_SIZE: int = 64  # images per batch, over all processes; in training without the flag, less if there are fewer
 LEARNING_RATE: float = 1e-3  # peak learning rate of Adam
 LR_WARMUP: int = 0  # optimiser steps of linear learning-rate warm-up
 LR_DECAY: float = 0.0  # fraction of all steps, at the end, over which the learning rate falls linearly to 0; 0 = none

@@ -69,6 +69,9 @@ class Trainer:
 
         where = args.dataset, args.data_path
         images, labels = world.main_first(lambda: datasets.load(*where, "train", args.image_size, args.channels))
+        digests = datasets.digests(*where, "train")
+        sizes = len(images), args.val_size, args.batch_size, world.size * args.accumulate, args.given
+        args.val_size, args.batch_size = datasets.training_sizes(*sizes)
         count = datasets.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels = images[:count], labels[:count]
         self.held_out = images[count:], labels[count:] if args.class_conditional else None
@@ -79,10 +82,12 @@ class Trainer:
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         names = list(datasets.classes(*where)) if args.class_conditional else []
         values["classes"], values["class_counts"] = names, datasets.class_counts(self.labels, len(names))
-        self.data = datasets.fingerprint(images, labels)
+        for name in datasets.left_out(names, self.labels):
+            log.warning("no image of the class %s is left to train on: add some", name)
+        self.data = datasets.fingerprint(images, labels, digests)
         model, self.diffusion = build(values, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, values)
-        self.checkpoints = Run(args, self.learner, world, values, self.data, str(self.precision))
+        self.checkpoints = Run(args, self.learner, world, values, self.data, digests, str(self.precision))
 
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""

@@ -5,7 +5,8 @@ To add a data set, add a row to DATASETS; its key is the value of --dataset. `fe
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from src.data import fetch, folder, formats
-from src.data.folder import ImageFiles, Images
+from src.data.images import ImageFiles, Images, digest, in_threads
 from src.data.formats import Split
 from src.utils import cache
 from src.utils.errors import SettingError
-from src.utils.progress import counted
+from src.utils.progress import counted, progress
 from src.utils.settings import FOLDER
 
 log = logging.getLogger(__name__)
 
+CACHED = 5000  # files from which on it is remembered that they have been read
 # A directory's images are kept in memory up to this many bytes of pixels: 349,525 colour images of 64×64.
 MEMORY_LIMIT = 4 * 2**30
 ITEMS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -161,7 +163,7 @@ def classes(name: str, root: str | Path) -> tuple[str, ...]:
     Raises:
         SettingError: the name is unknown, or `load` would refuse the directory.
     """
-    return folder.find(_directory(root), "train")[2] if name == FOLDER else _row(name).classes
+    return folder.survey(_directory(root)).classes if name == FOLDER else _row(name).classes
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -169,9 +171,56 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def fingerprint(images: Images, labels: Tensor) -> str:
-    """Return a SHA-256 that identifies a data set: of the images' shape and all labels, without reading pixels."""
-    return cache.key(str(tuple(images.shape)), labels)
+def digests(name: str, root: str | Path, split: Split) -> Tensor:
+    """Return a short hash of each file of a directory's split, (N,) int64; none (0,) for a data set in the table.
+
+    Args:
+        name, root, split: as for `load`.
+
+    Raises:
+        SettingError: `load` would refuse the directory.
+        UserError: a file cannot be read.
+    """
+    if name != FOLDER:
+        return torch.empty(0, dtype=torch.long)
+    paths, _ = folder.survey(_directory(root)).files(split)
+
+    def compute() -> dict[str, Tensor]:
+        with progress(log, iterable=in_threads(digest, paths), total=len(paths), desc="hashing files", unit=" files") as bar:
+            return {"digests": torch.tensor(list(bar))}
+
+    return _once_read("digests", paths, compute)["digests"]
+
+
+def fingerprint(images: Images, labels: Tensor, digests: Tensor | None = None) -> str:
+    """Return a SHA-256 that identifies a data set: of the images' shape, all labels, and `digests` if there are any."""
+    return cache.key(str(tuple(images.shape)), labels, *([] if digests is None or not len(digests) else [digests]))
+
+
+def training_sizes(
+    count: int, val_size: int, batch_size: int, parts: int, given: Collection[str]
+) -> tuple[int, int]:
+    """Return VAL_SIZE and BATCH_SIZE for `count` images: defaults are reduced for small data sets, flags are not.
+
+    Args:
+        count: images of the train split.
+        val_size, batch_size: the settings. By default, at most a tenth of the images are held out, and the batch size
+            is halved until a batch remains.
+        parts: the batch size stays a multiple of this number.
+        given: names of the settings that were given as flags.
+    """
+    if "val_size" not in given:
+        val_size = min(val_size, max(1, count // 10))
+    rest = count - val_size
+    while "batch_size" not in given and 0 < rest < batch_size and batch_size % (2 * parts) == 0:
+        batch_size //= 2
+    return val_size, batch_size
+
+
+def left_out(classes: Sequence[str], labels: Tensor) -> list[str]:
+    """Return the classes of which there is no image, given the labels (N,) int64 of all images."""
+    there = set(labels.tolist())
+    return [name for label, name in enumerate(classes) if label not in there]
 
 
 def class_counts(labels: Tensor, classes: int) -> list[int]:
@@ -253,9 +302,34 @@ def _directory(root: str | Path) -> Path:
 
 
 def _load_folder(root: str | Path, split: Split, size: int, channels: int) -> tuple[Images, Tensor]:
-    paths, labels, _ = folder.find(_directory(root), split)
+    content = folder.survey(_directory(root))
+    if split == "train":  # once, although eval.py loads both splits
+        log.info("%s", content.describe())
+        for note in content.notes:
+            log.warning("%s: %s", root, note)
+    paths, labels = content.files(split)
     images = ImageFiles(paths, size, channels)
     if images.shape.numel() <= MEMORY_LIMIT:
         return images.read(), labels
     log.info("the %d images need too much memory: they are decoded from %s as needed", len(images), root)
+
+    def check() -> dict[str, Tensor]:
+        images.check()
+        return {}
+
+    _once_read(f"checked-{size}-{channels}", paths, check)  # a damaged file is named now, not in mid-training
     return images, labels
+
+
+def _once_read(what: str, paths: Sequence[str], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what `compute` returns after reading all files; if there are many, from the cache as long as none changes.
+
+    Args:
+        what: a name for it.
+        paths: of the files.
+        compute: what is to be done.
+    """
+    if len(paths) < CACHED:
+        return compute()
+    files = [(os.path.abspath(path), (status := os.stat(path)).st_size, status.st_mtime_ns) for path in paths]
+    return cache.recall(what, cache.key(f"{what} {files}"), compute)

@@ -1,211 +1,249 @@
-"""A directory of the user's own images: list the files of a split and their classes, and decode them on demand."""
+"""A directory of the user's own images: find them, and tell the splits and classes from its folders."""
 
-import logging
+import hashlib
 import os
-import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+import stat
+import unicodedata
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from src.utils.errors import SettingError, UserError
-from src.utils.progress import progress
-from src.utils.signals import SIGNALS
+from src.utils.directories import MARK
+from src.utils.errors import SettingError
 
-log = logging.getLogger(__name__)
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # in lower or upper case
-TEST_EVERY = 10  # without folders train/ and test/, every tenth image belongs to the test split
-SPLITS = {"train", "test", "val", "valid", "validation"}  # if all folders have such names, they are not classes
-FEW = 256  # up to so many images, decoding takes less time than starting worker processes
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")  # in lower or upper case
+TEST_SHARE = 0.1  # of the images, where no folders say which are for testing
+SPLITS = {  # names of folders, in lower or upper case; Training_Set and test-images are understood, too
+    "train": r"train|training",
+    "test": r"test|testing|eval|evaluation",
+    "val": r"val|valid|validation|dev",  # serves as the test split if there is none
+}
+OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}  # hold no data
+SHOWN = 8  # so many classes, or other things, are listed by name
 
 
 @dataclass(frozen=True)
-class ImageFiles(Dataset):
-    """Image files with the interface of a tensor (N, C, H, W) uint8: len, shape, dtype, indexing and split.
+class Folder:
+    """What a directory holds.
 
-    Indexing with a slice returns ImageFiles and decodes nothing; indexing with a list decodes those images.
+    Attributes:
+        root: the directory.
+        splits: "train" and "test" → class and path below `root` of each image; the class is "" if there are none.
+        classes: sorted names; () if there are none.
+        how: how the splits were told apart, in words.
+        notes: what was passed over, and what else the user may not expect, in words.
     """
 
-    paths: Sequence[str]  # of length N
-    size: int  # H = W, in pixels
-    channels: int  # C: 1 for grayscale, 3 for colour
+    root: Path
+    splits: dict[str, list[tuple[str, str]]]
+    classes: tuple[str, ...]
+    how: str
+    notes: list[str]
 
-    dtype = torch.uint8
+    def describe(self) -> str:
+        """Say in one line which splits and classes there are."""
+        counts = Counter(name for images in self.splits.values() for name, _ in images)
+        classes = "no classes"
+        if self.classes:
+            listed = [f"{name} {counts[name]:,}" for name in self.classes]
+            classes = f"{len(listed)} class{'es' * (len(listed) > 1)}: {_shortened(listed)}"
+        train, test = (len(self.splits[split]) for split in ("train", "test"))
+        return f"{self.root}: {train:,} images for training and {test:,} for testing ({self.how}); {classes}"
 
-    @property
-    def shape(self) -> torch.Size:
-        """(N, C, H, W)."""
-        return torch.Size((len(self.paths), self.channels, self.size, self.size))
+    def files(self, split: str) -> tuple[list[str], Tensor]:
+        """The paths of a split, a list of length N, and labels (N,) int64, indices of classes; all 0 without classes.
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @overload
-    def __getitem__(self, which: slice) -> "ImageFiles": ...
-
-    @overload
-    def __getitem__(self, which: Iterable[int]) -> Tensor: ...
-
-    def __getitem__(self, which: slice | Iterable[int]) -> "ImageFiles | Tensor":
-        if isinstance(which, slice):
-            return replace(self, paths=self.paths[which])
-        return torch.stack([decode(self.paths[i], self.size, self.channels) for i in which])  # (B, C, H, W)
-
-    def batches(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the images (B, C, H, W) uint8 of each chunk of indices (B,), in order; worker processes decode ahead.
-
-        The global random state is neither read nor changed.
+        The order is that of `number`, which mixes the classes: training holds out the last images, and sorted by path,
+        these would all be of one class.
 
         Raises:
-            UserError: an image cannot be read.
+            SettingError: there are no images of the split.
         """
-        indices = [chunk.tolist() for chunk in chunks]
-        count = min(_processors(), len(indices)) if sum(map(len, indices)) > FEW else 0
-        # With batch_size=None, each item of `sampler`, the indices of a whole batch, is one index of the data set.
-        # Without a generator, the loader would draw its workers' seeds from the global one.
-        loader = DataLoader(
-            _ErrorsAsItems(self),
-            sampler=indices,
-            batch_size=None,
-            num_workers=count,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),
-        )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-
-    def split(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield all images in order, (B, C, H, W) uint8 at a time, like `Tensor.split`."""
-        return self.batches(torch.arange(len(self)).split(batch_size))
-
-    def read(self) -> Tensor:
-        """Decode all images into one tensor (N, C, H, W) uint8."""
-        images, first = torch.empty(self.shape, dtype=torch.uint8), 0
-        with progress(log, total=len(self), desc="reading images", unit=" images") as bar:
-            for batch in self.split(64):
-                images[first : first + len(batch)] = batch
-                first += len(batch)
-                bar.update(len(batch))
-        return images
+        if not (images := self.splits[split]):
+            raise SettingError(f"{self.root} holds too few images for {split}ing ({', '.join(SUFFIXES)}): add some")
+        label_of = {name: i for i, name in enumerate(self.classes)}
+        labels = torch.tensor([label_of.get(name, 0) for name, _ in images])
+        return [str(self.root / path) for _, path in images], labels
 
 
-Images = Tensor | ImageFiles  # (N, C, H, W) uint8
+def survey(root: Path) -> Folder:
+    """Find all images below `root`, and tell splits and classes from its folders.
 
-
-class _ErrorsAsItems(Dataset):
-    """Returns a UserError instead of raising it: DataLoader would add the worker's traceback to its message."""
-
-    def __init__(self, images: ImageFiles) -> None:
-        self.images = images
-
-    def __getitem__(self, which: list[int]) -> Tensor | UserError:
-        try:
-            return self.images[which]
-        except UserError as error:
-            return error
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Make a worker process ignore the signals that stop a training: the main process stops it after saving.
-
-    Terminals and batch systems signal all processes of a group.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _processors() -> int:
-    """Return the number of processors that this process may use; on macOS and Windows, of all in the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def decode(path: str | Path, size: int, channels: int) -> Tensor:
-    """Decode an image file to (C, size, size) uint8 in [0, 255], cropped to the central square and resized.
-
-    The EXIF orientation is applied. Transparent pixels are blended with white. 16-bit images are reduced to 8 bits.
-    An image that has the right size keeps its exact pixels.
+    If `root` has a folder for training and one for testing (see SPLITS), classes are named by the folders in them.
+    Otherwise each file's `number` tells whether it is for testing, and classes are named by the folders in `root`. If
+    no image is in such a folder, there are no classes.
 
     Raises:
-        UserError: the file cannot be read; the message names it.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits: Pillow's conversion would clip instead of scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the image {path} ({reason}): repair it, or move it away") from None
-    return torch.from_numpy(rearrange(np.array(image).reshape(size, size, channels), "h w c -> c h w").copy())
-
-
-def find(root: Path, split: str) -> tuple[list[str], Tensor, tuple[str, ...]]:
-    """List the image files of one split, "train" or "test", under the directory `root`, with labels and classes.
-
-    If `root` has folders train/ and test/, these are the splits, and classes are named by the folders in them.
-    Otherwise every tenth image, sorted by path, belongs to the test split, and classes are named by the folders in
-    `root`. If no image is in such a folder, there are no classes.
-
-    The order is a fixed permutation, because training holds out the last images: sorted by path, these would all be of
-    one class.
-
-    Returns:
-        Paths, a list of length N; labels (N,) int64, indices of classes, all 0 if there are none; names of classes.
-
-    Raises:
-        SettingError: the directory does not exist, has no images of the split, or its folders are inconsistent.
+        SettingError: the directory does not exist, some place in it cannot be read, or its folders are inconsistent.
     """
     if not root.is_dir():
         raise SettingError(f"DATA_PATH is {root}, which is no directory: name the one with your images")
-    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    has_splits = {"train", "test"} <= folders
-    if not has_splits and "train" in folders and folders <= SPLITS:
-        raise SettingError(f"{root} has a folder train, but none called test: add it, or name {root / 'train'} itself")
-    images = _images(root / "train" if has_splits else root)
-    classes = _classes(images, root)
-    if has_splits and split == "test":
-        images = _images(root / "test")
-    elif not has_splits:
-        images = [image for i, image in enumerate(images) if (i % TEST_EVERY == 0) == (split == "test")]
-    if not images:
-        raise SettingError(f"{root} holds too few images for {split}ing ({', '.join(SUFFIXES)}): add some")
-    labels = {name: i for i, name in enumerate(classes)}
-    if unknown := {name for name, _ in images} - (labels.keys() or {""}):
+    paths, passed = scan(root)
+    notes = [f"not used: {what}" for what in passed]
+    if (root / MARK).exists():
+        notes.append("this program has written here, too; pictures of its own would count as data")
+    places = _split_folders(root, paths)
+    if not places:
+        images = [(_top(path), path) for path in sorted(paths, key=number)]
+        classes = _classes(images, root)
+        return Folder(root, _divide(images), classes, "by a hash of each path", notes + _one_class(root, paths))
+    splits = {
+        split: [(_top(path.partition("/")[2]), path) for path in sorted(paths, key=number) if _top(path) == place]
+        for split, place in places.items()
+    }
+    train, test = (root / place for place in places.values())
+    classes = _classes(splits["train"], train)
+    if unknown := {name for name, _ in splits["test"]} - (set(classes) or {""}):
         what = f"a class {min(unknown)!r}" if any(unknown) else "images beside the class folders"
-        raise SettingError(f"{root / 'test'} has {what}, unlike {root / 'train'}: give both the same folders")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    return [images[i][1] for i in order], torch.tensor([labels.get(images[i][0], 0) for i in order]), classes
+        raise SettingError(f"{test} has {what}, unlike {train}: give both the same folders")
+    others = Counter(_top(path) for path in paths if _top(path) not in places.values())
+    notes += [f"not used: {n:,} images {'in ' + name if name else 'beside the folders'}" for name, n in others.items()]
+    notes += _one_class(train, [path.partition("/")[2] for _, path in splits["train"]])
+    return Folder(root, splits, classes, f"the folders {train.name} and {test.name}", notes)
 
 
-def _images(base: Path) -> list[tuple[str, str]]:
-    """List all images under `base`, sorted by path: (class, path), where class is "" for images directly in `base`."""
-    relative_paths: list[Path] = []
-    for directory, folders, names in os.walk(base, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # such as .thumbnails
-        relative = Path(directory).relative_to(base)
-        relative_paths += [relative / n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    relative_paths.sort(key=Path.as_posix)
-    return [(path.parts[0] if len(path.parts) > 1 else "", str(base / path)) for path in relative_paths]
+def number(path: str) -> int:
+    """Return a number from 0 to 2^64 - 1 that depends on the path alone, which is relative and has slashes.
+
+    Whether an image is for testing and where it stands in the order do not change when others are added.
+    """
+    name = unicodedata.normalize("NFC", path)  # macOS may store the same name in another form
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
-def _classes(images: list[tuple[str, str]], root: Path) -> tuple[str, ...]:
+def scan(root: Path) -> tuple[list[str], list[str]]:
+    """List the image files below `root`, each real file and each real directory once; links are followed.
+
+    Returns:
+        Paths below `root`, with slashes; and what was passed over, in words. Hidden files and folders are not
+        mentioned.
+
+    Raises:
+        SettingError: some directories or links cannot be read.
+    """
+    top = os.path.realpath(root)
+    seen, images = {top}, list[str]()
+    passed: dict[str, list[str]] = defaultdict(list)  # reason → paths
+    unreadable: list[str] = []
+    folders, links = deque([("", top)]), deque[tuple[str, str]]()  # (path below root, real path)
+
+    def visit(path: str, real: str) -> None:
+        try:
+            mode = os.stat(real).st_mode
+        except OSError as error:  # also a link to nowhere
+            unreadable.append(f"{root / path} ({error.strerror})")
+            return
+        if real in seen or top.startswith(os.path.join(real, "")):
+            passed["linked a second time"].append(path)
+        elif stat.S_ISDIR(mode):
+            folders.append((path, real))
+        elif not path.lower().endswith(SUFFIXES):
+            passed[os.path.splitext(path)[1].lower() or "without a suffix"].append(path)
+        elif not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            passed["that are no regular files"].append(path)
+        else:
+            images.append(path)
+        seen.add(real)
+
+    while folders or links:
+        if not folders:  # links come last: what is below `root` itself keeps its own name
+            visit(*links.popleft())
+            continue
+        folder, place = folders.popleft()
+        try:
+            with os.scandir(place) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            unreadable.append(f"{root / folder} ({error.strerror})")
+            continue
+        if folder and any(entry.name == MARK for entry in entries):
+            passed["written by this program"].append(folder + "/")
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
+                continue
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_symlink():
+                links.append((path, os.path.realpath(entry.path)))
+            else:
+                visit(path, entry.path)
+    if unreadable:
+        raise SettingError(f"cannot read {_shortened(unreadable)}: make it readable, or move it away")
+    return images, [f"{len(paths):,} {reason} ({_shortened(paths, 2)})" for reason, paths in sorted(passed.items())]
+
+
+def _split_folders(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Return "train" and "test" → the folder in `root` that is the split; {} if the folders are classes."""
+    below: dict[str, set[str]] = defaultdict(set)  # folder in root, or "" for root itself → folders in it
+    for path in paths:
+        first, _, rest = path.partition("/")
+        if rest:
+            below[""].add(first)
+            if "/" in rest:
+                below[first].add(_top(rest))
+    roles = _roles(below[""])
+    places = {"train": roles["train"], "test": roles["test"] or roles["val"]}
+    if all(places.values()):
+        for names in places.values():
+            if len(names) > 1:
+                raise SettingError(f"{root} has the folders {' and '.join(names)}: keep one of them")
+        return {split: names[0] for split, names in places.items()}
+    if below[""] and sum(map(len, roles.values())) == len(below[""]):
+        missing = "train" if not places["train"] else "test"
+        there = min(below[""])
+        raise SettingError(
+            f"{root} has a folder {there}, but none called {missing} with images: add it, or name {root / there} itself"
+        )
+    for first in sorted(below):
+        inner = _roles(below[first])
+        if first and inner["train"] and (inner["test"] or inner["val"]):
+            raise SettingError(
+                f"{root / first} has folders {', '.join(sorted(below[first]))}, but splits are folders of DATA_PATH "
+                f"itself: name {root / first}, or put the splits above the classes"
+            )
+    return {}
+
+
+def _roles(folders: Iterable[str]) -> dict[str, list[str]]:
+    """Return "train", "test" and "val" → those of the folders with such a name."""
+    return {
+        role: sorted(f for f in folders if re.fullmatch(rf"({names})([ _-]?(set|data|images|split))?", f.lower()))
+        for role, names in SPLITS.items()
+    }
+
+
+def _divide(images: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Divide images, (class, path) each, in the order of `number`: about TEST_SHARE are for testing, at least one.
+
+    The last image of each class is for training.
+    """
+    last = dict(images)  # class → path
+    candidates = [(name, path) for name, path in images if path != last[name]]
+    test = [image for image in candidates if number(image[1]) < TEST_SHARE * 2**64] or candidates[:1]
+    chosen = set(test)
+    return {"train": [image for image in images if image not in chosen], "test": test}
+
+
+def _top(path: str) -> str:
+    """The first folder in a path; "" if there is none."""
+    return path.partition("/")[0] if "/" in path else ""
+
+
+def _one_class(base: Path, paths: Iterable[str]) -> list[str]:
+    """A note if all images are in one class folder and in folders below it, which the user may take for classes."""
+    inner = {_top(path.partition("/")[2]) for path in paths}
+    tops = {_top(path) for path in paths}
+    if len(tops) > 1 or "" in inner or len(inner) < 2:
+        return []
+    return [f"all images are of one class, {min(tops)}; the folders in {base / min(tops)} are no classes"]
+
+
+def _classes(images: Iterable[tuple[str, str]], root: Path) -> tuple[str, ...]:
     """Return the sorted names of the classes of `images`, (class, path) each; () if none is in a class folder."""
     names = sorted({name for name, _ in images})
     if names == [""]:
@@ -213,3 +251,7 @@ def _classes(images: list[tuple[str, str]], root: Path) -> tuple[str, ...]:
     if "" in names:
         raise SettingError(f"{root} has images both in class folders and beside them: move those into a folder, too")
     return tuple(names)
+
+
+def _shortened(words: list[str], most: int = SHOWN) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.data.datasets import batches, normalise
-from src.data.folder import Images
+from src.data.images import Images
 from src.diffusion import send
 from src.model import autocast
 from src.scores.metrics import Extractor, Scores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.data.folder import Images
+from src.data.images import Images
 from src.scores.rows import Rows
 from src.utils.pictures import image_grid
 from src.utils.progress import progress

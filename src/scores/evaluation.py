@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from src.data import datasets
-from src.data.folder import Images
+from src.data.images import Images
 from src.generation import Generator, restore
 from src.scores import classifier, copies, inception, likelihood, metrics, report
-from src.utils import checkpoint, devices, directories, errors, flags, pictures
+from src.utils import checkpoint, devices, directories, errors, flags, identity, pictures
 from src.utils.distributed import World
 from src.utils.progress import counted, progress, progress_in_steps
 
@@ -43,12 +43,14 @@ class Model:
         sha256: of the checkpoint.
         settings: with which it was trained (lower-case names), and "classes", the names of its classes.
         generator: with the averaged weights.
+        trained_on: the files that it was trained on, as `identity.record` returns them; None if unknown.
     """
 
     file: str
     sha256: str
     settings: dict[str, Any]
     generator: Generator
+    trained_on: dict[str, Any] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -100,6 +102,7 @@ class Data:
         test, test_labels: the test split.
         reference: the real images with which generated images are compared: of the same classes, or all of them.
         classes: the names of the labels; empty if the data set has no classes.
+        notes: sentences on what makes the scores unreliable.
     """
 
     training: Images
@@ -108,6 +111,7 @@ class Data:
     test_labels: Tensor
     reference: Images
     classes: tuple[str, ...]
+    notes: list[str]
 
 
 Scorer = metrics.Scores | classifier.ClassifierScores | copies.Neighbours
@@ -168,7 +172,7 @@ def load_model(
     with errors.setting_errors():
         how = sampler, steps, eta, dtype, labels, counts, guidance_scale
         generator = Generator(unet, diffusion, *how)
-    return Model(file, sha256, state["settings"], generator)
+    return Model(file, sha256, state["settings"], generator, state.get("trained_on"))
 
 
 def folder_name(model: Model, options: Options) -> str:
@@ -237,6 +241,7 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
         return
 
     scores = collect(scorers)
+    scores["notes"] += data.notes
     facts = protocol(model, options, len(data.reference), len(data.test)) | scorers.networks
     if not options.classifier_only:
         bound, extent = bits_per_dim(generator, data.test, data.test_labels, options.seed)
@@ -256,7 +261,7 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     """Load both splits of the data set on which the model was trained, in the size and colours of the model.
 
     Raises:
-        SettingError: images have classes, and those of the data set are others.
+        SettingError: images have classes, and those of the data set are others, or there is no real image of them.
         UserError: the data set cannot be had.
     """
     settings, labels = model.settings, model.generator.classes
@@ -269,6 +274,7 @@ def load_data(model: Model, options: Options, world: World) -> Data:
             f"the classes in {options.data_path} are not those of the model: give the --data_path of its training, or "
             "--class none"
         )
+    notes = _trained_on(model, options)
     training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
     held_out = slice(len(training) - settings["val_size"], None)
     reference, of = {
@@ -278,7 +284,20 @@ def load_data(model: Model, options: Options, world: World) -> Data:
     }[options.reference]
     if labels:
         reference = reference[torch.isin(of, torch.tensor(labels)).nonzero()[:, 0]]
-    return Data(training, training_labels, test, test_labels, reference, classes)
+    if not len(reference):
+        which = f"{options.reference.replace('_', '-')} images of {', '.join(model.classes)}"
+        raise errors.SettingError(f"{options.data_path} has no {which}, to compare with: leave out --class")
+    return Data(training, training_labels, test, test_labels, reference, classes, notes)
+
+
+def _trained_on(model: Model, options: Options) -> list[str]:
+    """Warn, and return a note, if the model was trained on some of the test images."""
+    digests = datasets.digests(model.settings["dataset"], options.data_path, "test")
+    if not model.trained_on or not (seen := identity.known(model.trained_on, digests)[0]):
+        return []
+    note = f"The model was trained on at least {seen} of the {len(digests)} test images: its scores are too good."
+    log.warning("%s", note)
+    return [note]
 
 
 def make_scorers(data: Data, options: Options, frame: int, world: World) -> Scorers:

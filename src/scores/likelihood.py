@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.data.datasets import normalise
-from src.data.folder import Images
+from src.data.images import Images
 from src.diffusion import Diffusion, Network
 from src.utils.devices import float32_kernels
 

@@ -17,7 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from src.data.folder import Images
+from src.data.images import Images
 from src.scores.rows import Rows
 from src.utils import cache
 from src.utils.distributed import World

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.utils.devices import describe_device
 from src.utils.distributed import World
 from src.utils.errors import by_product
-from src.utils.progress import counted, progress
+from src.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ LOSS_SECONDS = 5  # between looks at the loss that the progress shows, because a
 
 def describe(args: argparse.Namespace, model: nn.Module, world: World, precision: torch.dtype, images: int) -> str:
     """Summarise a training in four lines: device and precision, network, data, and directories of the results."""
+    counts = f"{images:,} images to train on, {args.val_size:,} held out; batch {args.batch_size}"
     processes = f", {world.size} processes" if world.size > 1 else ""
     parameters = sum(p.numel() for p in model.parameters())
     return (
         f"device   {describe_device(world.device, precision)}{processes}\n"
         f"network  U-Net, {parameters:,} parameters; {args.schedule_type} schedule, {args.time_steps} timesteps\n"
-        f"data     {args.dataset}: {counted(images, 'image')} to train on, {args.val_size:,} held out\n"
+        f"data     {args.dataset}: {counts}\n"
         f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
     )
 

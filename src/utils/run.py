@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from src.utils import checkpoint, cores, fine_tuning, settings
+from src.utils import checkpoint, cores, fine_tuning, identity, settings
 from src.utils.distributed import World
 from src.utils.errors import SettingError, UserError
 
 log = logging.getLogger("train")
 
-WEIGHTS_ONLY = ("settings", "init_from", "epoch", "step", "ema")  # what weights.pth holds of a state
+WEIGHTS_ONLY = ("settings", "trained_on", "init_from", "epoch", "step", "ema")  # what weights.pth holds of a state
 RESULTS = {  # of a run, beside its checkpoints
     "output_path": ("samples_epoch_*.png", "losses.png"),
     "log_path": ("scalars.jsonl", "tensorboard/events.out.tfevents.*"),
@@ -51,6 +51,7 @@ class Run:
         values: the settings that rebuild the network and that a resumed run must repeat, with those of its
             classes.
         data: fingerprint of the training images.
+        digests: short hashes of their files, (N,) int64; none (0,) for a data set with files of other kinds.
         precision: of the network's arithmetic, since PRECISION may be auto.
 
     Attributes:
@@ -64,10 +65,11 @@ class Run:
         world: World,
         values: Mapping[str, Any],
         data: str,
+        digests: torch.Tensor,
         precision: str,
     ) -> None:
         self.args, self.learner, self.world = args, learner, world
-        self.values, self.data, self.precision = values, data, precision
+        self.values, self.data, self.digests, self.precision = values, data, digests, precision
         self.init_from: dict[str, str] | None = None  # the file that the run started from, and its SHA-256
         self.save_due = time.monotonic() + 60 * args.save_minutes
 
@@ -79,6 +81,7 @@ class Run:
             state = {
                 "settings": {name: value for name, value in self.values.items() if "path" not in name},
                 "data": self.data,
+                "trained_on": identity.record(self.digests),
                 "init_from": self.init_from,
                 "precision": self.precision,
                 "threads": torch.get_num_threads(),
@@ -135,8 +138,11 @@ class Run:
         args = self.args
         if "model" not in saved or "optimizer" not in saved:
             raise UserError(f"{path} holds no training to resume: move it away, or give another --checkpoint_path")
-        before = saved["settings"]
-        refused, noted = settings.changes(before, self.values)
+        before, gone = saved["settings"], self._gone(saved)
+        wanted = dict(self.values)
+        if "val_size" not in args.given and 0 < before["val_size"] - wanted["val_size"] <= gone:
+            del wanted["val_size"]  # a tenth of fewer images
+        refused, noted = settings.changes(before, wanted)
         if refused:
             raise SettingError(
                 f"{path} cannot be resumed: {'; '.join(refused)}. Use the old values, or for a new run "
@@ -150,7 +156,9 @@ class Run:
             )
         for change in noted:
             log.warning("from here on, %s", change)
-        if saved.get("data") != self.data or before.get("classes") != self.values["classes"]:
+        if gone:
+            log.warning("from here on, the training goes on without %d images that have gone", gone)
+        if (saved.get("data") != self.data and not gone) or before.get("classes") != self.values["classes"]:
             raise SettingError(
                 f"{path} cannot be resumed: the images or classes in {args.data_path} are not those that it was "
                 "trained on. Bring them back, or use other paths for a new run"
@@ -159,3 +167,9 @@ class Run:
             log.warning("from here on, the network computes in %s, not in %s as before", self.precision, precision)
         if args.lr_decay and before["epochs"] != args.epochs:
             log.warning("from here on, the learning rate is that of a training of %d epochs", args.epochs)
+
+    def _gone(self, saved: Mapping[str, Any]) -> int:
+        """How many of the files that a checkpoint was trained on have gone; 0 if others have come, or if unknown."""
+        recorded = saved.get("trained_on", {"count": 0})
+        fewer = recorded["count"] - len(self.digests)
+        return fewer if 0 < fewer < recorded["count"] and not identity.known(recorded, self.digests)[1] else 0

@@ -5,6 +5,7 @@ Settings have the names of the constants in config.py. That module is passed as 
 
 import ast
 import operator
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -155,6 +156,8 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
         lambda batch, parts: batch % parts == 0,
         "BATCH_SIZE must be a multiple of ACCUMULATE",
     ),
+    (("DATA_PATH", "OUTPUT_PATH"), lambda *paths: _differ(*paths), "OUTPUT_PATH must not be DATA_PATH"),
+    (("DATA_PATH", "OUTPUT_DIR"), lambda *paths: _differ(*paths), "OUTPUT_DIR must not be DATA_PATH"),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
 ]
 
@@ -243,6 +246,11 @@ def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[s
             sentences = noted if policy == "noted" else refused
             sentences.append(f"{name.upper()} was {before} and is now {wanted[name]!r}")
     return refused, noted
+
+
+def _differ(one: str, other: str) -> bool:
+    """Whether two paths lead to different places: pictures that are written among the data would become data."""
+    return os.path.realpath(one) != os.path.realpath(other)
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import random
 import re
-import signal
+import shutil
+import struct
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +17,20 @@ import torch
 from conftest import ENVIRONMENT, NETWORK, arguments, differences, run_script
 from PIL import Image
 
+import eval as evaluate
+import sample
 import train
-from src.data import datasets, folder
+from src import generation
+from src.data import datasets, folder, images
 from src.data.datasets import batches, classes, in_order, load
-from src.data.folder import ImageFiles, decode
+from src.data.images import ImageFiles, decode
 from src.diffusion import Diffusion
 from src.model import UNet
-from src.scores import copies
+from src.scores import copies, evaluation
 from src.training import Learner, validation_loss
-from src.utils import cache, checkpoint
+from src.utils import cache, checkpoint, identity, pictures
 from src.utils.distributed import World
 from src.utils.errors import SettingError, UserError
-
-# Two workers even on one processor: the order must not depend on which of them finishes first.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")
 
 CPU = torch.device("cpu")
 HUES = [(np.array(rgb) / 255) for rgb in ((230, 60, 60), (60, 200, 60), (70, 90, 240), (240, 220, 60), (200, 80, 220))]
@@ -61,10 +64,9 @@ def coloured(clothes, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """Always decode images as needed, and in two worker processes."""
+    """Always decode images as needed, and in two threads: the order must not depend on which finishes first."""
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", 0)
-    monkeypatch.setattr(folder, "FEW", 0)
-    monkeypatch.setattr(folder, "_processors", lambda: 2)
+    monkeypatch.setattr(images, "_processors", lambda: 2)
 
 
 # ---- one image -------------------------------------------------------------------------------------------
@@ -149,23 +151,22 @@ def test_a_file_that_cannot_be_read_is_named(damage, tmp_path):
 
 
 def names(root: Path, split: str) -> list[str]:
-    return sorted(str(Path(path).relative_to(root)) for path in folder.find(root, split)[0])
+    return sorted(str(Path(path).relative_to(root)) for path in folder.survey(root).files(split)[0])
 
 
 def test_classes_are_the_first_folders(tmp_path):
-    for i in range(20):
+    for i in range(40):
         save(tmp_path / ("dog" if i % 2 else "cat/black") / f"{i:02d}.png", PICTURE)
     (tmp_path / "empty").mkdir()
     (tmp_path / "cat/notes.txt").write_text("no image")
     save(tmp_path / ".thumbnails/x.png", PICTURE)
     save(tmp_path / "dog/._01.png", PICTURE)
     assert classes("folder", tmp_path) == ("cat", "dog")
-    for split, count in (("train", 18), ("test", 2)):
-        paths, labels, _ = folder.find(tmp_path, split)
+    for split in ("train", "test"):
+        paths, labels = folder.survey(tmp_path).files(split)
         assert [("cat", "dog")[y] for y in labels] == [Path(path).relative_to(tmp_path).parts[0] for path in paths]
-        assert len(paths) == count
         assert labels.dtype == torch.int64
-    assert names(tmp_path, "test") == ["cat/black/00.png", "dog/01.png"]  # the 1st and the 11th of all
+    assert len(names(tmp_path, "test") + names(tmp_path, "train")) == 40
     assert not set(names(tmp_path, "test")) & set(names(tmp_path, "train"))
 
 
@@ -173,8 +174,8 @@ def test_without_folders_there_are_no_classes(tmp_path):
     for i in range(11):
         save(tmp_path / f"{i:02d}.png", PICTURE)
     assert classes("folder", str(tmp_path)) == ()
-    assert folder.find(tmp_path, "train")[1].tolist() == [0] * 9
-    assert names(tmp_path, "test") == ["00.png", "10.png"]
+    train = folder.survey(tmp_path).files("train")[1]
+    assert train.tolist() == [0] * len(train) and len(train) + len(names(tmp_path, "test")) == 11
 
 
 def test_folders_called_train_and_test_are_the_splits(tmp_path):
@@ -184,15 +185,15 @@ def test_folders_called_train_and_test_are_the_splits(tmp_path):
     assert classes("folder", tmp_path) == ("a", "b")
     assert names(tmp_path, "test") == ["test/a/0.png", "test/a/2.png", "test/b/1.png"]
     assert len(names(tmp_path, "train")) == 12
-    assert sorted(folder.find(tmp_path, "test")[1].tolist()) == [0, 0, 1]
+    assert sorted(folder.survey(tmp_path).files("test")[1].tolist()) == [0, 0, 1]
 
 
 def test_held_out_images_are_of_every_class(coloured):
     """Training holds out the last images: sorted by path, these would all be of one class."""
     labels = load("folder", coloured, "train", 16)[1]
     assert len(set(labels[-40:].tolist())) == len(HUES)
-    first, again = folder.find(coloured, "train"), folder.find(coloured, "train")
-    assert (first[0], first[2]) == (again[0], again[2]) and torch.equal(first[1], again[1])
+    first, again = folder.survey(coloured).files("train"), folder.survey(coloured).files("train")
+    assert first[0] == again[0] and torch.equal(first[1], again[1])
 
 
 def broken(root: Path, case: str) -> None:
@@ -204,10 +205,14 @@ def broken(root: Path, case: str) -> None:
     for name in {
         "one": ["a.png"],
         "beside": ["a.png", "class/b.png"],
-        "no test": ["train/cat/a.png", "train/cat/b.png", "val/cat/c.png"],
+        "no test": ["train/cat/a.png", "train/cat/b.png"],
         "strange": ["train/cat/a.png", "train/dog/b.png", "test/cow/c.png"],
         "flat test": ["train/cat/a.png", "train/dog/b.png", "test/c.png"],
         "no images": ["train/cat/a.png", "test/notes.gif"],
+        "two": ["train/a.png", "Training/b.png", "test/c.png"],
+        "no train": ["test/cat/a.png", "val/cat/b.png"],
+        "deep splits": ["data/train/cat/a.png", "data/val/cat/b.png"],
+        "splits of classes": ["cat/train/a.png", "cat/test/b.png", "dog/train/a.png", "dog/test/b.png"],
     }.get(case, []):
         save(root / name, PICTURE)
 
@@ -217,13 +222,17 @@ def broken(root: Path, case: str) -> None:
     [
         ("absent", "train", "which is no directory: name the one with your images"),
         ("file", "train", "which is no directory"),
-        ("empty", "train", "holds too few images for training (.png, .jpg, .jpeg, .webp, .bmp): add some"),
-        ("one", "train", "holds too few images for training"),
+        ("empty", "train", "holds too few images for training (.png, .jpg, .jpeg, .jfif, .webp, .bmp): add some"),
+        ("one", "test", "holds too few images for testing"),
         ("beside", "train", "has images both in class folders and beside them: move those into a folder"),
-        ("no test", "train", "has a folder train, but none called test: add it, or name"),
+        ("no test", "train", "has a folder train, but none called test with images: add it, or name"),
         ("strange", "test", "test has a class 'cow', unlike"),
         ("flat test", "test", "test has images beside the class folders, unlike"),
-        ("no images", "test", "holds too few images for testing"),
+        ("no images", "test", "has a folder train, but none called test with images: add it, or name"),
+        ("two", "train", "has the folders Training and train: keep one of them"),
+        ("no train", "train", "has a folder test, but none called train with images: add it, or name"),
+        ("deep splits", "train", "data has folders train, val, but splits are folders of DATA_PATH itself: name"),
+        ("splits of classes", "train", "cat has folders test, train, but splits are folders of DATA_PATH itself"),
     ],
 )
 def test_directories_that_will_not_do(case, split, message, tmp_path):
@@ -238,6 +247,177 @@ def test_the_current_directory_is_no_default():
         load("folder", "", "train", 32)
 
 
+# ---- what a directory may look like ----------------------------------------------------------------------------
+
+
+def fill(root: Path, **counts: int) -> None:
+    """Write so many different pictures into each folder below `root`; "/" is written as "__"."""
+    for number, (folder_name, count) in enumerate(counts.items()):
+        for i in range(count):
+            pixels = np.random.default_rng((number, i)).integers(0, 256, (32, 32, 3))
+            save(root / folder_name.replace("__", "/") / f"{i:02d}.png", pixels)
+
+
+@pytest.mark.parametrize("pair", ["Train Test", "training_set test_set", "TRAIN valid", "train-images val", "train dev"])
+def test_usual_names_of_split_folders(pair, tmp_path):
+    train_folder, test_folder = pair.split()
+    fill(tmp_path, **{f"{place}__{name}": 3 for place in (train_folder, test_folder) for name in ("cat", "dog")})
+    for strange in ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found"):
+        save(tmp_path / strange / train_folder / "cat/._00.png", PICTURE)
+        save(tmp_path / strange / "00.png", PICTURE)
+    assert classes("folder", tmp_path) == ("cat", "dog")
+    for split, place in (("train", train_folder), ("test", test_folder)):
+        assert {name.split("/")[0] for name in names(tmp_path, split)} == {place}
+        assert len(names(tmp_path, split)) == 6
+    assert f"the folders {train_folder} and {test_folder}" in folder.survey(tmp_path).describe()
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, car=3, plane=3, train=3)
+    assert classes("folder", tmp_path) == ("car", "plane", "train")
+
+
+def test_each_real_file_counts_once_whatever_links_there_are(tmp_path):
+    fill(tmp_path / "data", a=12, b=12)
+    fill(tmp_path / "elsewhere", c=5)
+    (tmp_path / "data/a/up").symlink_to("..")  # a loop
+    (tmp_path / "data/a/out").symlink_to(tmp_path)  # an ancestor
+    (tmp_path / "data/a/again.png").symlink_to("00.png")
+    (tmp_path / "data/a/b").symlink_to("../b")  # its files stay in the class b
+    (tmp_path / "data/c").symlink_to(tmp_path / "elsewhere/c")  # on another disk, say
+    found = names(tmp_path / "data", "train") + names(tmp_path / "data", "test")
+    assert sorted(found) == [f"{name}/{i:02d}.png" for name, n in (("a", 12), ("b", 12), ("c", 5)) for i in range(n)]
+    (note,) = folder.survey(tmp_path / "data").notes
+    assert note == "not used: 4 linked a second time (a/again.png, a/b and 2 more)"
+
+
+def test_places_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    fill(tmp_path, a=3, b=3)
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patch, pytest.raises(SettingError, match=r"/b \(Permission denied\): make it"):
+        patch.setattr(os, "scandir", refuse)
+        folder.survey(tmp_path)
+    (tmp_path / "c").symlink_to("/media/unplugged")
+    with pytest.raises(SettingError, match=r"cannot read .*/c \(No such file or directory\): make it readable"):
+        folder.survey(tmp_path)
+
+
+def test_what_was_found_and_what_was_passed_over_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    fill(tmp_path, train__many__cat=30, train__many__dog=30, test__many=5, val__many=4)
+    for name in ("1.gif", "2.gif", "notes.txt", "LICENSE"):
+        (tmp_path / "train/many" / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "train/many/pipe.png")  # to open it would take for ever
+    load("folder", tmp_path, "train", 16)
+    (report, *notes) = (record.message.removeprefix(f"{tmp_path}: ") for record in caplog.records)
+    splits = "60 images for training and 5 for testing (the folders train and test)"
+    assert report == f"{splits}; 1 class: many 65"
+    assert notes == [
+        "not used: 2 .gif (train/many/1.gif, train/many/2.gif)",
+        "not used: 1 .txt (train/many/notes.txt)",
+        "not used: 1 that are no regular files (train/many/pipe.png)",
+        "not used: 1 without a suffix (train/many/LICENSE)",
+        "not used: 4 images in val",
+        f"all images are of one class, many; the folders in {tmp_path}/train/many are no classes",
+    ]
+
+
+def test_many_classes_are_shortened(tmp_path):
+    fill(tmp_path, **{f"c{i:02d}": 2 for i in range(20)})
+    assert folder.survey(tmp_path).describe().endswith("20 classes: " + "".join(f"c{i:02d} 2, " for i in range(8))[:-2] + " and 12 more")
+
+
+@pytest.mark.parametrize("share", ["a", "b"])
+def test_the_split_of_an_image_does_not_depend_on_the_others(share, tmp_path):
+    for name in "ab"[: 1 + (share == "b")]:
+        fill(tmp_path, **{name: 40})
+    before = {split: names(tmp_path, split) for split in ("train", "test")}
+    order = folder.survey(tmp_path).files("train")[0]
+    assert before["test"] and before["train"]
+    save(tmp_path / "a/!first.png", PICTURE)
+    save(tmp_path / "a/zlast.png", PICTURE)
+    (tmp_path / "a" / "05.png").unlink()
+    for split, other in (("train", "test"), ("test", "train")):
+        assert not set(before[split]) & set(names(tmp_path, other))
+    new = [path for path in folder.survey(tmp_path).files("train")[0] if path in order]
+    assert new == [path for path in order if path in new]  # and so those that are held out stay the same
+
+
+def test_every_class_has_an_image_to_train_on_and_there_is_one_to_test(tmp_path):
+    for i in range(60):
+        save(tmp_path / f"class{i}/0.png", PICTURE)
+    assert len(names(tmp_path, "train")) == 60  # by their hashes, some would be for testing
+    for i in range(2):
+        save(tmp_path / f"class{i}/1.png", PICTURE)
+    assert len(names(tmp_path, "test")) == 1
+
+
+# ---- damaged metadata and large images -------------------------------------------------------------------------
+
+
+def chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    """A chunk of a PNG file."""
+    good = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", good if checksum is None else checksum)
+
+
+LONG = zlib.compress(bytes(2 << 20))
+METADATA = {
+    "long comment": chunk(b"zTXt", b"k\0\0" + LONG),
+    "long international comment": chunk(b"iTXt", b"k\0\1\0\0\0" + LONG),
+    "wrong checksum": chunk(b"tEXt", b"Comment\0hello", 0),
+    "unknown, wrong checksum": chunk(b"prVt", b"x", 0),
+    "cut": chunk(b"pHYs", b"\0"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+@pytest.mark.parametrize("place", [33, -12], ids=["before", "after"])  # the pixels
+def test_damaged_metadata_do_not_matter(case, place, tmp_path):
+    transparent = np.concatenate([PICTURE, PICTURE[:, :, :1]], 2)
+    path = save(tmp_path / "a.png", transparent)
+    expected, content = decode(path, 32, 3), path.read_bytes()
+    path.write_bytes(content[:place] + METADATA[case] + content[place:])
+    assert torch.equal(decode(path, 32, 3), expected)
+
+
+def test_transparency_is_kept_when_metadata_are_ignored(tmp_path):
+    Image.fromarray(PICTURE[:, :, 0]).save(path := tmp_path / "a.png", transparency=int(PICTURE[0, 0, 0]))
+    expected, content = decode(path, 32, 1), path.read_bytes()
+    assert expected[0, 0, 0] == 255
+    path.write_bytes(content[:33] + METADATA["wrong checksum"] + content[33:])
+    assert torch.equal(decode(path, 32, 1), expected)
+
+
+def test_damaged_exif_of_a_webp_does_not_matter(tmp_path):
+    path = save(tmp_path / "a.webp", PICTURE, lossless=True, exif=b"Exif\0\0garbage")
+    np.testing.assert_array_equal(decode(path, 32, 3).permute(1, 2, 0), PICTURE)
+
+
+def test_damaged_pixels_do_matter_whatever_the_metadata(tmp_path):
+    content = save(path := tmp_path / "a.png", PICTURE).read_bytes()
+    path.write_bytes(content[:33] + METADATA["wrong checksum"] + content[33:900] + b"\0" * 99 + content[999:])
+    with pytest.raises(UserError, match="cannot read the image"):
+        decode(path, 32, 3)
+
+
+def test_180_megapixels_are_no_attack(tmp_path):
+    Image.new("1", (18_000, 10_000), 1).save(tmp_path / "large.bmp")
+    assert (decode(tmp_path / "large.bmp", 8, 1) == 255).all()
+
+
+def test_too_many_pixels_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LARGEST", 1000)
+    with pytest.raises(UserError, match=r"\(1,024 pixels, more than 1,000: make it smaller\)"):
+        decode(save(tmp_path / "a.png", PICTURE), 32, 3)
+
+
 # ---- the same images in the built-in format ------------------------------------------------------------------------
 
 
@@ -250,7 +430,7 @@ def test_fashion_mnist_as_files_gives_the_batches_of_fashion_mnist(side, data, t
         for i, (image, y) in enumerate(zip(images, labels, strict=True)):
             save(tmp_path / split / str(y.item()) / f"{i:05d}.png", image[0])
     for split, (images, labels) in expected.items():
-        order = torch.tensor([int(Path(path).stem) for path in folder.find(tmp_path, split)[0]])
+        order = torch.tensor([int(Path(path).stem) for path in folder.survey(tmp_path).files(split)[0]])
         assert sorted(order.tolist()) == list(range(len(images)))
         from_files = batches(*load("folder", tmp_path, split, side, 1), 16, 3, 4)
         built_in = batches(images[order], labels[order], 16, 3, 4)
@@ -298,12 +478,13 @@ def test_what_else_reads_images_reads_files_alike(coloured, streamed):
     assert loss == same
 
 
-@pytest.mark.parametrize("way", ["memory", "workers"])
+@pytest.mark.parametrize("way", ["memory", "threads"])
 def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
     for i in range(40):
-        save(tmp_path / f"{i}.png", PICTURE)
-    (tmp_path / "33.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    if way == "workers":
+        save(tmp_path / f"train/{i}.png", PICTURE)
+    save(tmp_path / "test/0.png", PICTURE)
+    (tmp_path / "train/33.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    if way == "threads":
         request.getfixturevalue("streamed")
     with pytest.raises(UserError, match=r"cannot read the image .*33\.png") as caught:
         for _ in batches(*load("folder", tmp_path, "train", 32), 4, 0, 0):
@@ -311,19 +492,193 @@ def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
     assert "\n" not in str(caught.value)
 
 
-def test_signals_to_the_whole_group_are_the_main_process_business(coloured, streamed):
-    """The workers ignore the signals of Ctrl-C and batch systems until the training has saved its state."""
+
+def test_images_are_decoded_without_other_processes(coloured, streamed, monkeypatch):
+    """Those would need shared memory, of which a container has 64 MB, and would outlive a lost signal."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
     files, labels = load("folder", coloured, "train", 16)
-    expected = list(batches(files, labels, 8, 0, 0))
+    before = threading.active_count()
     stream = batches(files, labels, 8, 0, 0)
-    seen = [next(stream), next(stream)]  # one from each worker: both ignore signals by now
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            os.kill(worker.pid, number)
-    seen += stream
-    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(seen, expected, strict=True))
+    next(stream)
+    stream.close()  # nothing goes on after that
+    assert threading.active_count() == before
+    assert len(list(files.split(10))) == -(-len(files) // 10)
+
+
+def test_all_damaged_files_are_named_before_the_training(tmp_path, streamed, caplog):
+    fill(tmp_path, train=40, test=1)
+    for i in range(5, 30, 5):
+        (tmp_path / f"train/{i:02d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match=r"^cannot read 5 of 40 images \(.*, and others named above\): repair") as line:
+        load("folder", tmp_path, "train", 32)
+    assert "\n" not in str(line.value)
+    assert {f"{i:02d}.png" for i in range(5, 30, 5)} == set(re.findall(r"\d\d\.png", caplog.text))
+
+
+def test_many_files_are_checked_once_until_one_of_them_changes(tmp_path, streamed, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "CACHED", 10)
+    fill(tmp_path / "d", train=12, test=1)
+    checks, check = [], ImageFiles.check
+    monkeypatch.setattr(ImageFiles, "check", lambda self: checks.append(check(self)))
+    for expected in (1, 1, 2):
+        if expected == 2:
+            os.utime(tmp_path / "d/train/00.png", (1, 1))
+        load("folder", tmp_path / "d", "train", 32)
+        assert len(checks) == expected
+
+
+# ---- the data of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, one_thread):
+    """`run(data_path, *flags)` is train.py in this process, always on the same checkpoints."""
+    monkeypatch.setattr(pictures, "plot_losses", lambda *curves: None)  # slow
+    small = [*NETWORK, *"--image_size 16 --num_samples 1 --steps 2 --device cpu".split()]
+    places = [f"--{place}_path={tmp_path / 'run' / place}" for place in ("checkpoint", "output", "log")]
+
+    def train_on(data_path: Path, *flags: object) -> dict:
+        command = ["--dataset", "folder", "--data_path", data_path, *small, *places, *flags]
+        with torch.random.fork_rng():
+            train.main(arguments(train, *command))
+        return checkpoint.load(tmp_path / "run/checkpoint/latest.pth")
+
+    return train_on
+
+
+def test_other_images_are_refused_and_missing_ones_are_not(run, tmp_path, caplog):
+    data = tmp_path / "data"
+    fill(data, **{"": 60})
+    run(data, "--epochs", 1)
+    files = folder.survey(data).files("train")[0]
+
+    content = Path(files[7]).read_bytes()
+    save(Path(files[7]), 255 - PICTURE)
+    with pytest.raises(SettingError, match="are not those that it was trained on"):
+        run(data, "--epochs", 2)
+    Path(files[7]).write_bytes(content)
+    new = next(name for name in map(str, range(99)) if folder.number(f"{name}.png") > 2**63)
+    save(data / f"{new}.png", 255 - PICTURE)
+    with pytest.raises(SettingError, match="are not those that it was trained on"):
+        run(data, "--epochs", 2)
+    (data / f"{new}.png").unlink()
+
+    for path in files[5:9]:  # as for a damaged image, which the message says to move away
+        Path(path).unlink()
+    state = run(data, "--epochs", 2)
+    assert "without 4 images that have gone" in caplog.text
+    assert (state["epoch"], state["trained_on"]["count"]) == (2, len(files) - 4)
+
+
+def test_images_that_the_program_wrote_are_no_data(run, tmp_path):
+    data = tmp_path
+    fill(data, a=12, b=12)
+    run(data, "--epochs", 1)
+    assert run(data, "--epochs", 2)["settings"]["classes"] == ["a", "b"]
+    assert list(data.glob("run/output/*.png"))
+    assert "not used: 3 written by this program (run/checkpoint/, run/log/ and 1 more)" in folder.survey(data).notes
+
+
+def test_what_is_in_memory_of_a_run_is_saved_when_a_file_is_lost(run, tmp_path, streamed, monkeypatch):
+    """A disk that fails in mid-training costs no step; the rest goes on when the file has been moved away."""
+    fill(tmp_path / "data", **{"": 60})
+    lost = Path(folder.survey(tmp_path / "data").files("train")[0][3])
+    step = Learner.step
+
+    def lose(self: Learner, *batch: object) -> tuple:
+        if self.steps == 3:
+            lost.write_bytes(b"")
+        return step(self, *batch)
+
+    monkeypatch.setattr(Learner, "step", lose)
+    with pytest.raises(UserError, match=f"cannot read the image {lost}"):
+        run(tmp_path / "data", "--epochs", 2, "--batch_size", 4)
+    state = checkpoint.load(tmp_path / "run/checkpoint/latest.pth")
+    assert state["step"] > 3
+    lost.unlink()
+    assert run(tmp_path / "data", "--epochs", 2, "--batch_size", 4)["step"] > state["step"]
+
+
+def test_the_evaluation_says_that_test_images_were_trained_on(run, tmp_path, caplog):
+    fill(tmp_path / "data", **{"": 60})
+    state = run(tmp_path / "data", "--epochs", 1)
+    weights = checkpoint.load(tmp_path / "run/checkpoint/weights.pth")
+    train_files, test_files = (folder.survey(tmp_path / "data").files(split)[0] for split in ("train", "test"))
+    world, options = World(CPU), evaluation.Options(4, 4, 0, str(tmp_path / "data"))
+    generator = generation.Generator(*generation.build(state["settings"], CPU))
+    model = evaluation.Model("a.pth", "", state["settings"], generator, weights["trained_on"])
+    assert evaluation.load_data(model, options, world).notes == []
+    for i, path in enumerate(train_files[:3]):
+        shutil.copy(path, Path(test_files[0]).parent / f"{i}.png")
+        shutil.copy(path, test_files[0])
+    (note,) = evaluation.load_data(model, options, world).notes
+    assert re.search(r"trained on at least [1-9]\d* of the \d+ test images", note) and note in caplog.text
+
+
+@pytest.mark.parametrize("most", [10, 1000])
+def test_a_record_of_many_files_is_a_sample_of_them(most, monkeypatch):
+    monkeypatch.setattr(identity, "MOST", most)
+    digests = torch.randint(-(2**63), 2**63 - 1, (200,), generator=torch.Generator().manual_seed(0))
+    recorded = identity.record(digests[:100])
+    assert (recorded["count"], len(recorded["digests"])) == (100, min(most, 100))
+    assert identity.known(recorded, digests[:100]) == (min(most, 100), 0)
+    known, new = identity.known(recorded, digests)
+    assert known == min(most, 100) and new > 0
+    assert identity.known(recorded, digests[100:])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "sizes"),
+    [
+        (60_000, [], (2000, 64)),
+        (20_000, [], (2000, 64)),
+        (600, [], (60, 64)),
+        (60, [], (6, 32)),
+        (5, [], (1, 4)),
+        (600, ["val_size"], (2000, 64)),  # which is then refused
+        (60, ["batch_size"], (6, 64)),
+    ],
+)
+def test_defaults_fit_small_data(count, given, sizes):
+    assert datasets.training_sizes(count, 2000, 64, 1, given) == sizes
+    assert datasets.training_sizes(60, 2000, 64, 64, [])[1] == 64  # each of 64 processes needs one
+
+
+def test_a_hundred_images_need_no_flag_but_their_path(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    fill(tmp_path / "data", a=70, b=30)
+    assert run(tmp_path / "data", "--epochs", 1)["step"] == 1
+    model = ["--checkpoint", tmp_path / "run/checkpoint/best.pth", "--steps", 2, "--device", "cpu", "--num_samples", 4]
+    sample.main(arguments(sample, *model, "--output_dir", tmp_path / "samples"))
+    score = [*model, "--data_path", tmp_path / "data", "--classifier_only", "--output_dir", tmp_path / "scores"]
+    evaluate.main(arguments(evaluate, *score))
+    assert "classifier" in capsys.readouterr().out
+
+
+def test_classes_without_test_images_are_refused_before_the_work(run, tmp_path, monkeypatch):
+    fill(tmp_path / "data", train__a=20, train__rare=5, test__a=5)
+    run(tmp_path / "data", "--epochs", 1, "--batch_size", 8)
+    monkeypatch.setattr(evaluation, "make_scorers", None)
+    score = ["--checkpoint", tmp_path / "run/checkpoint/best.pth", "--data_path", tmp_path / "data", "--device", "cpu"]
+    score += ["--class", "rare", "--output_dir", tmp_path / "scores"]
+    with pytest.raises(SettingError, match="--class rare: .*data has no test images of it"):
+        evaluate.main(arguments(evaluate, *score))
+
+
+def test_classes_without_images_to_train_on_are_named(run, tmp_path, caplog):
+    fill(tmp_path / "data", a=40, rare=1)
+    last = min((n for n in map(str, range(200))), key=lambda n: -folder.number(f"rare/{n}.png"))
+    (tmp_path / "data/rare/00.png").rename(tmp_path / f"data/rare/{last}.png")  # the last image is held out
+    run(tmp_path / "data", "--epochs", 1)
+    assert "no image of the class rare is left to train on" in caplog.text
+
+
+@pytest.mark.parametrize(("script", "flag"), [(train, "--output_path"), (evaluate, "--output_dir")])
+def test_pictures_are_not_written_among_the_data(script, flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments(script, "--data_path", tmp_path, flag, f"{tmp_path}/")
+    assert f"{flag[2:].upper()} must not be DATA_PATH" in capsys.readouterr().err
 
 
 # ---- whole scripts ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.data import folder
+from src.data import images
 from src.scores import copies
 from src.utils.pictures import save_png
 
@@ -73,9 +73,9 @@ def test_images_in_files_are_decoded_once_however_many_are_generated(tmp_path, m
     """A pass for the test images, one for all generated batches together, and the few that the picture shows."""
     for number, image in enumerate(random_images(40, seed=1, shape=(1, 8, 8))):
         save_png(image, tmp_path / f"{number:02}.png")
-    files = folder.ImageFiles([str(path) for path in sorted(tmp_path.iterdir())], 8, 1)
-    decoded, decode = Counter(), folder.decode
-    monkeypatch.setattr(folder, "decode", lambda path, *args: decoded.update([path]) or decode(path, *args))
+    files = images.ImageFiles([str(path) for path in sorted(tmp_path.iterdir())], 8, 1)
+    decoded, decode = Counter(), images.decode
+    monkeypatch.setattr(images, "decode", lambda path, *args: decoded.update([path]) or decode(path, *args))
     monkeypatch.setattr(copies, "CHUNK", 16)
     neighbours = copies.Neighbours(files, random_images(30, seed=2, shape=(1, 8, 8)))
     for seed in range(3, 13):

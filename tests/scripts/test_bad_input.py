@@ -119,7 +119,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --dataset folder --data_path=", 2, "DATA_PATH is '', but must be a directory: --data_path DIR"),
     ("train.py --dataset folder --data_path nowhere", 2, "nowhere, which is no directory: name the one with your im"),
     ("train.py --dataset folder --data_path run", 2, "run holds too few images for training (.png, .jpg, "),
-    ("train.py --dataset folder --data_path pictures", 1, "cannot read the image pictures/b.png (cannot identify"),
+    ("train.py --dataset folder --data_path pictures", 1, "cannot read 2 of 2 images (pictures/"),
     ("train.py --checkpoint_path file", 2, "--checkpoint_path file: File exists"),
     ("train.py --output_path file/below", 2, "--output_path file/below: Not a directory"),
     ("train.py --log_path /proc/logs", 2, "--log_path /proc/logs: No such file or directory"),

@@ -38,7 +38,7 @@ modules = [importlib.import_module(module.name) for module in pkgutil.walk_packa
 modules += [importlib.import_module(script) for script in ("train", "sample", "eval")]
 assert len(modules) > 20
 
-from src.data import folder
+from src.data import images
 from src.utils import checkpoint, lock
 from src.utils.errors import UserError
 from src.utils.signals import Interrupted, StopSignals
@@ -63,8 +63,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
             raise AssertionError("not stopped")
         except Interrupted as stop:
             assert stop.number == number
-folder._ignore_signals(0)
-assert folder._processors() >= 1
+assert images._processors() >= 1
 print("done")
 """
 
