@@ -237,7 +237,7 @@ def training_count(count: int, val_size: int, batch_size: int) -> int:
     if count - val_size < batch_size:
         raise SettingError(
             f"{counted(count, 'training image')}: too few for --val_size {val_size} and --batch_size {batch_size}; "
-            "reduce one of them or both"
+            "reduce one of them or both, or add images"
         )
     return count - val_size
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 NAMED = 3  # so many of several damaged files are named in the error message; the log names all of them
 LARGE = 50_000_000  # pixels of an image from which on only one is decoded at a time, for each takes 4 bytes a pixel
-LARGEST = 1_000_000_000  # pixels of the largest image that is read
+LARGEST = 500_000_000  # pixels of the largest image that is read
 warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which do not matter here
 Image.MAX_IMAGE_PIXELS = None  # Pillow would take an image of 179 megapixels for an attack
 

@@ -662,7 +662,7 @@ def test_classes_without_test_images_are_refused_before_the_work(run, tmp_path, 
     monkeypatch.setattr(evaluation, "make_scorers", None)
     score = ["--checkpoint", tmp_path / "run/checkpoint/best.pth", "--data_path", tmp_path / "data", "--device", "cpu"]
     score += ["--class", "rare", "--output_dir", tmp_path / "scores"]
-    with pytest.raises(SettingError, match="--class rare: .*data has no test images of it"):
+    with pytest.raises(SettingError, match="data has no test images of rare"):
         evaluate.main(arguments(evaluate, *score))
 
 

@@ -201,7 +201,7 @@ def test_the_best_model_survives_a_resumed_run_that_does_worse(quick, saved, val
 def test_a_checkpoint_holds_all_that_a_run_depends_on(quick, saved):
     quick("run", "--epochs", 2)
     state = saved("run", "final.pth")
-    conditions = "program format settings data init_from precision threads"
+    conditions = "program format settings data trained_on init_from precision threads"
     learnt = "model ema optimizer rng epoch batch step loss_sum best history"
     assert set(state) == {*conditions.split(), *learnt.split()}
     assert (state["epoch"], state["batch"], state["step"]) == (2, 0, 2 * STEPS)
