@@ -82,6 +82,7 @@ class Lines(tqdm):
         """Draw no bar."""
 
     def close(self) -> None:
+        """End the lines."""
         self.closed.set()
         self.thread.join()
         super().close()

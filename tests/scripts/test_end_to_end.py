@@ -113,7 +113,7 @@ def test_tensorboard_shows_the_whole_run_without_a_seam(trained):
     assert [event.value for event in curves["loss/validation"]] == pytest.approx(validation)
 
     pictures = events.Images("samples")
-    assert [event.step for event in pictures] == [2 * STEPS, 4 * STEPS]
+    assert [event.step for event in pictures] == [STEPS, 2 * STEPS, 4 * STEPS]
     with Image.open(io.BytesIO(pictures[-1].encoded_image_string)) as shown:
         on_disk = read_png(trained.folder / "outputs/samples_epoch_0004.png")
         assert np.array_equal(np.asarray(shown.convert("L")), on_disk)
