@@ -54,7 +54,7 @@ def by_product(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # packages for plots and logs raise errors of every kind
         if what not in _failed:
-            log.warning("cannot write %s (%s): the run goes on without it", what, first_line(error))
+            log.warning("cannot write %s (%s): the run goes on without it", what, first_line(error.__cause__ or error))
         _failed.add(what)
 
 
@@ -203,6 +203,6 @@ def _lost_a_process(error: Exception) -> bool:
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]

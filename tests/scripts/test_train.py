@@ -749,7 +749,7 @@ def test_the_losses_are_plotted_whatever_display_a_notebook_names(tmp_path):
     """Its variable reaches the programs that it starts, whose packages are others."""
     code = "from pathlib import Path; from src.utils.pictures import plot_losses\n"
     code += "for losses in [], [0.5], [0.5, 0.4]: plot_losses({'train': losses, 'val': losses}, Path('losses.png'))"
-    environment = {**ENVIRONMENT, "MPLBACKEND": "module://no_such_package.backend"}
+    environment = {**ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr, (tmp_path / "losses.png").exists()) == (0, "", True)
 
