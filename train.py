@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
     parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the earlier run")
-    parser.add_argument("--init_from", metavar="FILE", help=INIT_FROM)
+    parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
 
