@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_model_flags("eval")
     parser.add_argument(
         "--inception_weights",
+        type=flags.path,
         metavar="FILE",
         help="weights of Inception-v3 (default: downloaded once and cached)",
     )

@@ -19,8 +19,10 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("train"))
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the earlier run")
-    parser.add_argument("--init_from", metavar="FILE", help=INIT_FROM)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --fresh: delete the earlier run, pictures and logs, too"
+    )
+    parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
 
@@ -238,8 +240,8 @@ def go_on(trainer: Trainer) -> int:
     args, world = trainer.args, trainer.world
     log.info(describe(args, trainer.learner.model, world, trainer.precision, len(trainer.images)))
     if (done := trainer.learner.epoch) >= args.epochs:
-        advice = "raise --epochs, or start anew with --fresh --overwrite"
-        log.info("nothing to do after %s: %s", counted(done, "epoch"), advice)
+        how = "raise --epochs, or start anew with --fresh --overwrite"
+        log.info("nothing to do after %s: %s", counted(done, "epoch"), how)
         return 0
     try:
         return trainer.run()

@@ -70,11 +70,17 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
         The uncompressed bytes of each file, by its name without .gz.
 
     Raises:
-        UserError: a file is damaged or unknown, or no source has it.
+        UserError: `root` cannot be read, a file is damaged or unknown, or no source has it.
         SettingError: `root` is a file.
     """
-    if root.exists() and not root.is_dir():
-        raise SettingError(f"DATA_PATH is {root}, which is a file: name a folder")
+    try:
+        os.listdir(root)
+    except FileNotFoundError:
+        pass  # nothing is there yet
+    except NotADirectoryError:
+        raise SettingError(f"DATA_PATH is {root}, which is a file, or in one: name a folder") from None
+    except OSError as error:
+        raise UserError(f"cannot read DATA_PATH {root}: {error.strerror}") from None
     files = _read(source, root, source.md5, foreign)
     for folder in (root, DEBIAN / source.name):
         files |= _read(source, folder, [name for name in source.md5 if name not in files], foreign, packed=True)

@@ -77,6 +77,8 @@ def recall(name: str, key: str, make: Callable[[], dict[str, Any]], place: Path 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(file, {"key": key, "content": content})
-    except (OSError, UserError) as error:
+    except OSError as error:
+        log.warning("cannot write to %s (%s); the next run has to compute it again", file.parent, error.strerror)
+    except UserError as error:
         log.warning("%s; the next run has to compute it again", error)
     return content

@@ -62,8 +62,6 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
         UserError: the file is missing, damaged, of another program or of a newer version of this one; some of its
             numbers are not finite; or it lacks `weights` or their settings.
     """
-    if not os.path.isfile(path):
-        raise _missing(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.save writes no compressed entries and no directories. For a directory, torch.load would return
@@ -71,12 +69,16 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
             odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type != zipfile.ZIP_STORED]
             damaged = odd[0] if odd else archive.testzip()  # torch.load does not check the CRC
         if damaged is not None:
-            raise UserError(f"{path} is damaged (checksum of {damaged}): restore it from a copy or move it away")
+            what = "is damaged, or another program's" if odd else "is damaged"
+            raise UserError(f"{path} {what} (checksum of {damaged}): restore it from a copy or move it away")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise _missing(path) from error
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is no checkpoint, or a truncated one: give another file, or move it away") from error
     except (EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): restore it or move it away") from error
+        why = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(f"{path} cannot be read ({why}): restore it or move it away") from error
     if not isinstance(state, dict) or state.get("program") != PROGRAM:
         raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
     version = state.get("format")
@@ -139,12 +141,9 @@ def other_version(path: Path) -> UserError:
 def _missing(path: Path) -> UserError:
     """The error for a checkpoint that is not there; it names one that is, if there is any near by."""
     folder = path if os.path.isdir(path) else path.parent
-    near = [
-        *of_run(folder),
-        folder / "weights.pth",
-        *of_run(folder / "checkpoints"),
-        Path("weights/fashion-mnist.pth"),
-    ]
+    places = [place / below for place in (folder, folder.parent) for below in (".", "checkpoints")]
+    near = [place / f"{name}.pth" for place in places for name in ("best", "latest", "final", "weights")]
+    near += [Path("weights", "fashion-mnist.pth")]
     there = [f", or give a file that is there, such as {file}" for file in near if os.path.isfile(file)][:1]
     what = f"{path}, which is a directory" if folder == path else path
     return UserError(f"no checkpoint at {what}: train one with python train.py{''.join(there)}")

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         """Add --run, the directory that holds the checkpoints, outputs and logs of one training run."""
         self.add_argument(
             "--run",
-            type=_not_empty,
+            type=path,
             metavar="DIR",
             help="directory of one training run: the default paths become DIR/checkpoints, DIR/outputs and DIR/logs; "
             "paths that are given as flags take precedence",
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         self.add_run()
         self.add_argument(
             "--checkpoint",
-            type=_not_empty,
+            type=path,
             default=f"{self.config.CHECKPOINT_PATH}/best.pth",
             metavar="FILE",
             help="checkpoint of the trained model, which includes its settings (default: %(default)s)",
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument(
             "--output_dir",
-            type=_not_empty,
+            type=path,
             default=f"{self.config.OUTPUT_PATH}/{folder}",
             metavar="DIR",
             help="directory of the results (default: %(default)s)",
@@ -121,10 +121,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, which suggests a similar flag for an unknown one."""
-        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        meant = difflib.get_close_matches("".join(unknown[:1]), re.findall(r"--\w+", self.format_usage()), 1)
+        unknown = re.match(r"unrecognized arguments: -*(\w[\w-]*)", message)
+        asked = f"--{unknown[1]}" if unknown else ""  # of --epoch, -epochs and epochs=3, too
+        meant = difflib.get_close_matches(asked, re.findall(r"--\w+", self.format_usage()), 1)
         message += "".join(f"; did you mean {flag}?" for flag in meant)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def path(text: str) -> str:
+    """The type of a flag that is a path: any text but '', which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is '', but must be a path")
+    return text
 
 
 def comments_of(config: ModuleType) -> dict[str, str]:
@@ -165,7 +173,7 @@ def _labels(asked: Sequence[str], known: Sequence[str]) -> list[int]:
         label = labels.get(name, labels.get(_plain(name)))
         if label is None:
             choice = f"choose from {', '.join(known)} or their numbers, or give all or none and nothing else"
-            raise SettingError(f"--class {name} is unknown: {choice}")
+            raise SettingError(f"--class {name or repr(name)} is unknown: {choice}")
         picked.append(label)
     return picked
 
@@ -185,9 +193,3 @@ def _choices(name: str) -> str:
         return f": {', '.join(samplers)}"
     choices = settings.SETTINGS[name].choices if name in settings.SETTINGS else ()
     return f"; one of {', '.join(choices)}" if choices else ""
-
-
-def _not_empty(path: str) -> str:
-    if not path:
-        raise argparse.ArgumentTypeError("is '', but must be a path")
-    return path

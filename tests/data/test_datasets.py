@@ -286,6 +286,11 @@ def test_file_where_the_data_folder_belongs(tmp_path):
     assert str(tmp_path / "data") in text
 
 
+def test_a_data_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "data").symlink_to("data")  # for whoever runs the tests, root too
+    assert refusal(tmp_path / "data") == f"cannot read DATA_PATH {tmp_path / 'data'}: {os.strerror(errno.ELOOP)}"
+
+
 # ---- sources outside the data folder ---------------------------------------------------------------------
 
 

@@ -76,6 +76,8 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --dataset imagenet", 2, "imagenet"),
     ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim, dpmpp_2m or dpmpp_2m_sde"),
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3; did you mean --batch_size?"),
+    ("train.py -epochs 3", 2, "unrecognized arguments: -epochs 3; did you mean --epochs?"),
+    ("train.py epochs=3", 2, "unrecognized arguments: epochs=3; did you mean --epochs?"),
     ("sample.py --num-samples 3", 2, "did you mean --num_samples?"),
     # settings that do not go together
     ("train.py --image_size 29 --unet_dim_mults 1 2", 2, "IMAGE_SIZE must be divisible by 2^(levels - 1)"),
@@ -126,6 +128,9 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --output_dir=", 2, "--output_dir: is '', but must be a path"),
     ("sample.py --output_dir file", 2, "--output_dir file: File exists"),
     ("eval.py --output_dir file/below", 2, "--output_dir file/below: Not a directory"),
+    ("train.py --init_from=", 2, "--init_from: is '', but must be a path"),
+    ("eval.py --inception_weights=", 2, "--inception_weights: is '', but must be a path"),
+    ("sample.py --class=", 2, "--class '' is unknown: choose from t-shirt"),
     ("sample.py --checkpoint=", 2, "--checkpoint: is '', but must be a path"),
     ("sample.py --checkpoint nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
     ("sample.py --checkpoint .", 1, "no checkpoint at ., which is a directory: train one with"),
@@ -326,6 +331,8 @@ def test_a_checkpoint_that_the_message_names_is_there(place, call):
     for command, hint in (
         ("sample.py --checkpoint run/nowhere.pth", "run/latest.pth"),
         ("sample.py --checkpoint run", "run/latest.pth"),
+        ("sample.py --checkpoint run/checkpoints/best.pth", "run/latest.pth"),
+        ("eval.py --checkpoint file/best.pth", None),
         ("eval.py --checkpoint nowhere.pth", None),
     ):
         code, line = call(command)
