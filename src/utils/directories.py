@@ -1,13 +1,10 @@
-"""Output directories: created, checked before the work begins, and marked, so that pictures in them are no data."""
+"""Output directories: created and checked before the work begins."""
 
-import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from src.utils.errors import SettingError
-
-MARK = ".simple-ddpm"  # name of an empty file in every directory that was made here
 
 
 def make_directories(places: Mapping[str, str]) -> list[Path]:
@@ -28,8 +25,6 @@ def make_directories(places: Mapping[str, str]) -> list[Path]:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
-            with contextlib.suppress(FileExistsError):
-                (path / MARK).touch(exist_ok=False)
         except OSError as error:
             failures.append(f"--{setting} {path}: {error.strerror}")
     if failures:
