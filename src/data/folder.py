@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.utils.directories import MARK
 from src.utils.errors import SettingError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")  # in lower or upper case
@@ -24,6 +23,7 @@ SPLITS = {  # names of folders, in lower or upper case; Training_Set and test-im
     "val": r"val|valid|validation|dev",  # serves as the test split if there is none
 }
 OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}  # hold no data
+RESULTS = {"losses.png", "grid.png", "scalars.jsonl", "latest.pth", "best.pth"}  # a folder with one holds no data
 SHOWN = 8  # so many classes, or other things, are listed by name
 
 
@@ -85,8 +85,8 @@ def survey(root: Path) -> Folder:
         raise SettingError(f"DATA_PATH is {root}, which is no directory: name the one with your images")
     paths, passed = scan(root)
     notes = [f"not used: {what}" for what in passed]
-    if (root / MARK).exists():
-        notes.append("this program has written here, too; pictures of its own would count as data")
+    if any((root / name).exists() for name in RESULTS):
+        notes.append("results of this program are here, too: its own pictures count as data")
     places = _split_folders(root, paths)
     if not places:
         images = [(_top(path), path) for path in sorted(paths, key=number)]
@@ -161,8 +161,8 @@ def scan(root: Path) -> tuple[list[str], list[str]]:
         except OSError as error:
             unreadable.append(f"{root / folder} ({error.strerror})")
             continue
-        if folder and any(entry.name == MARK for entry in entries):
-            passed["written by this program"].append(folder + "/")
+        if folder and any(entry.name in RESULTS for entry in entries):
+            passed["with results of this program"].append(folder + "/")
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:

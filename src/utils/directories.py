@@ -1,7 +1,4 @@
-"""Output directories: created, checked and marked before the work begins, and removed if nothing came of it.
-
-The mark tells `data.folder` that pictures in such a directory are no data.
-"""
+"""Output directories: created and checked before the work begins, and removed if nothing came of it."""
 
 import os
 import tempfile
@@ -10,8 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from src.utils.errors import SettingError
-
-MARK = ".simple-ddpm"  # name of an empty file in every directory that was made here
 
 
 def short(name: str, most: int = 60) -> str:
@@ -43,7 +38,6 @@ def output_directories(places: Mapping[str, str]) -> Iterator[list[Path]]:
                 path.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=path):
                     pass
-                (path / MARK).touch()
             except OSError as error:
                 failures.append(f"--{setting} {path}: {error.strerror}")
         if failures:
@@ -52,6 +46,4 @@ def output_directories(places: Mapping[str, str]) -> Iterator[list[Path]]:
     finally:
         for folder in sorted(created, key=lambda folder: len(folder.parts), reverse=True):
             with suppress(OSError):  # it is not empty, or was never created
-                if os.listdir(folder) == [MARK]:
-                    (folder / MARK).unlink()
                 folder.rmdir()
