@@ -15,7 +15,9 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("train"))
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the earlier run, pictures and logs, too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --fresh: delete the earlier run and its pictures"
+    )
     parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
@@ -26,7 +28,6 @@ if __name__ == "__main__":
     errors.explain_imports("train.py")
 
 import logging
-import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -41,7 +42,7 @@ from src.generation import Generator, build
 from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
-from src.utils.monitor import Monitor, Silence, describe
+from src.utils.monitor import Monitor, Silence, commands, describe
 from src.utils.progress import counted
 from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
@@ -156,11 +157,7 @@ class Trainer:
             except (OSError, errors.WriteError):  # a log or a picture could not be written: save what was learnt
                 self.checkpoints.save("latest.pth")
                 raise
-        model = "--checkpoint", str(Path(args.checkpoint_path, "best.pth"))
-        if args.run and "checkpoint_path" not in args.given:
-            model = "--run", args.run
-        data = ["--data_path", args.data_path] if "data_path" in args.given else []
-        log.info("done; next: python sample.py %s, or python eval.py %s", *map(shlex.join, (model, [*model, *data])))
+        log.info("done; next: %s", commands(args))
         return 0
 
 
