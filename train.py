@@ -15,9 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("train"))
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="with --fresh: delete the earlier run and its pictures"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete all of the earlier run")
     parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
@@ -168,7 +166,7 @@ def train(args: argparse.Namespace, world: World) -> int:
     world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
     if args.init_from and not resume:  # before the old run is deleted, which may hold these weights
         trainer.checkpoints.start_from(Path(args.init_from))
-    with lock.hold(directory) if world.is_main else nullcontext():  # only now: a refused run leaves no lock, either
+    with lock.hold(directory) if world.is_main else nullcontext():  # not before: the file stays
         if resume:
             trainer.checkpoints.resume(next(iter(checkpoint.of_run(directory)), directory / "latest.pth"))
         elif world.is_main:  # only now: a run that cannot start must not cost the old one
