@@ -19,9 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("train"))
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="with --fresh: delete the earlier run, pictures and logs, too"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete all of the earlier run")
     parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
@@ -32,7 +30,6 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and mistakes are answered at once
 
 import logging
-import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -46,7 +43,7 @@ from src.generation import Generator, build
 from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
-from src.utils.monitor import Monitor, Silence, describe
+from src.utils.monitor import Monitor, Silence, commands, describe
 from src.utils.progress import Pace, counted, duration, progress, progress_in_steps
 from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
@@ -210,12 +207,10 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, learner.steps, path)
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
-        best, final = (Path(args.checkpoint_path, name) for name in ("best.pth", "final.pth"))
-        model = "--checkpoint", str(best if best.exists() else final)
-        if args.run and best.exists() and "checkpoint_path" not in args.given:
-            model = "--run", args.run
-        data = ["--data_path", args.data_path] if "data_path" in args.given else []
-        log.info("done; next: python sample.py %s, or python eval.py %s", *map(shlex.join, (model, [*model, *data])))
+            except (OSError, errors.UserError):  # a file could not be read or written: save what was learnt
+                self.checkpoints.save("latest.pth")
+                raise
+        log.info("done; next: %s", commands(args))
         return 0
 
 
@@ -226,7 +221,7 @@ def train(args: argparse.Namespace, world: World) -> int:
     world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
     if args.init_from and not resume:  # before the old run is deleted, which may hold these weights
         trainer.checkpoints.start_from(Path(args.init_from))
-    with lock.hold(directory) if world.is_main else nullcontext():  # only now: a refused run leaves no lock, either
+    with lock.hold(directory) if world.is_main else nullcontext():  # not before: the file stays
         if resume:
             trainer.checkpoints.resume(next(iter(checkpoint.of_run(directory)), directory / "latest.pth"))
         elif world.is_main:  # only now: a run that cannot start must not cost the old one

@@ -173,7 +173,9 @@ def _load(path: Path) -> tuple[_Network, str]:
             raise ValueError("not the SHA-256 in the file's name")
         if zipfile.is_zipfile(io.BytesIO(content)) and zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise ValueError("wrong checksum")  # torch.load does not check it
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code from the file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on files of other kinds
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code from it
         network = _Network()
         nn.Module.load_state_dict(network, state, assign=True)
         if path.name == CONVERTED and _digest(state) != CONVERTED_SHA256:

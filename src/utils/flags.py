@@ -121,8 +121,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, which suggests a similar flag for an unknown one."""
-        unknown = re.match(r"unrecognized arguments: -*(\w[\w-]*)", message)
-        asked = f"--{unknown[1]}" if unknown else ""  # of --epoch, -epochs and epochs=3, too
+        unknown = re.match(r"unrecognized arguments: (?:-+|(?=[\w-]+=))([\w-]+)", message)
+        asked = f"--{unknown[1]}" if unknown else ""  # of --epoch, -epochs and epochs=3, but not of a word alone
         meant = difflib.get_close_matches(asked, re.findall(r"--\w+", self.format_usage()), 1)
         message += "".join(f"; did you mean {flag}?" for flag in meant)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

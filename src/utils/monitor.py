@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,16 @@ def describe(args: argparse.Namespace, model: nn.Module, world: World, precision
         f"data     {args.dataset}: {counts}\n"
         f"results  {args.checkpoint_path} (weights), {args.output_path} (pictures), {args.log_path} (TensorBoard)"
     )
+
+
+def commands(args: argparse.Namespace) -> str:
+    """The command lines that sample from and score what train.py has trained with the flags `args`."""
+    best, final = (Path(args.checkpoint_path, name) for name in ("best.pth", "final.pth"))
+    model = ["--checkpoint", str(best if best.exists() else final)]
+    if args.run and best.exists() and "checkpoint_path" not in args.given:
+        model = ["--run", args.run]
+    data = ["--data_path", args.data_path] if "data_path" in args.given else []
+    return f"python sample.py {shlex.join(model)}, or python eval.py {shlex.join(model + data)}"
 
 
 class Silence:

@@ -179,6 +179,14 @@ def test_file_of_something_else_is_refused(random_state, tmp_path, kind):
         inception.weights(path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_something_else_is_refused_without_a_warning_before_the_line(tmp_path):
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"a": [1]}, protocol=4))
+    with pytest.raises(UserError, match="not torch-fidelity's Inception-v3") as refused:
+        inception.weights(tmp_path / "other.pkl")
+    assert "Warning" not in str(refused.value)
+
+
 def test_nothing_unverified_is_unpickled(tmp_path, cache):
     trap = Trap(tmp_path / "marker")
     cache.mkdir(parents=True)
