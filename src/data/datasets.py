@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from src.data import fetch, folder, formats
-from src.data.images import ImageFiles, Images, digest, in_threads
 from src.data.formats import Split
+from src.data.images import ImageFiles, Images, digest, in_threads
 from src.utils import cache
 from src.utils.errors import SettingError
 from src.utils.progress import counted, progress
@@ -186,20 +186,20 @@ def digests(name: str, root: str | Path, split: Split) -> Tensor:
     paths, _ = folder.survey(_directory(root)).files(split)
 
     def compute() -> dict[str, Tensor]:
-        with progress(log, iterable=in_threads(digest, paths), total=len(paths), desc="hashing files", unit=" files") as bar:
+        with progress(
+            log, iterable=in_threads(digest, paths), total=len(paths), desc="hashing files", unit=" files"
+        ) as bar:
             return {"digests": torch.tensor(list(bar))}
 
     return _once_read("digests", paths, compute)["digests"]
 
 
 def fingerprint(images: Images, labels: Tensor, digests: Tensor | None = None) -> str:
-    """Return a SHA-256 that identifies a data set: of the images' shape, all labels, and `digests` if there are any."""
+    """Return a SHA-256 that identifies a data set: of the images' shape, all labels, and `digests`, if any."""
     return cache.key(str(tuple(images.shape)), labels, *([] if digests is None or not len(digests) else [digests]))
 
 
-def training_sizes(
-    count: int, val_size: int, batch_size: int, parts: int, given: Collection[str]
-) -> tuple[int, int]:
+def training_sizes(count: int, val_size: int, batch_size: int, parts: int, given: Collection[str]) -> tuple[int, int]:
     """Return VAL_SIZE and BATCH_SIZE for `count` images: defaults are reduced for small data sets, flags are not.
 
     Args:
@@ -322,7 +322,7 @@ def _load_folder(root: str | Path, split: Split, size: int, channels: int) -> tu
 
 
 def _once_read(what: str, paths: Sequence[str], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what `compute` returns after reading all files; if there are many, from the cache as long as none changes.
+    """Return what `compute` returns after reading all files; if there are many, from the cache while none changes.
 
     Args:
         what: a name for it.

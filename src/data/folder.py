@@ -197,7 +197,7 @@ def _split_folders(root: Path, paths: Iterable[str]) -> dict[str, str]:
         missing = "train" if not places["train"] else "test"
         there = min(below[""])
         raise SettingError(
-            f"{root} has a folder {there}, but none called {missing} with images: add it, or name {root / there} itself"
+            f"{root} has a folder {there}, but none called {missing} with images: add it, or name {root / there}"
         )
     for first in sorted(below):
         inner = _roles(below[first])

@@ -1,4 +1,4 @@
-"""Image files with the interface of a tensor: decoded on demand, by threads, for Pillow decodes without Python's lock."""
+"""Image files with the interface of a tensor, decoded on demand by threads: Pillow decodes without Python's lock."""
 
 import hashlib
 import io
@@ -125,7 +125,9 @@ class ImageFiles:
             for _, error in errors:
                 log.warning("%s", error)
             names = ", ".join(path for path, _ in errors[:NAMED]) + ", and others named above" * (len(errors) > NAMED)
-            raise UserError(f"cannot read {len(errors)} of {len(self)} images ({names}): repair them, or move them away")
+            raise UserError(
+                f"cannot read {len(errors)} of {len(self)} images ({names}): repair them, or move them away"
+            )
 
 
 Images = Tensor | ImageFiles  # (N, C, H, W) uint8

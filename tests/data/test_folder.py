@@ -258,7 +258,9 @@ def fill(root: Path, **counts: int) -> None:
             save(root / folder_name.replace("__", "/") / f"{i:02d}.png", pixels)
 
 
-@pytest.mark.parametrize("pair", ["Train Test", "training_set test_set", "TRAIN valid", "train-images val", "train dev"])
+@pytest.mark.parametrize(
+    "pair", ["Train Test", "training_set test_set", "TRAIN valid", "train-images val", "train dev"]
+)
 def test_usual_names_of_split_folders(pair, tmp_path):
     train_folder, test_folder = pair.split()
     fill(tmp_path, **{f"{place}__{name}": 3 for place in (train_folder, test_folder) for name in ("cat", "dog")})
@@ -330,7 +332,11 @@ def test_what_was_found_and_what_was_passed_over_is_said(tmp_path, caplog):
 
 def test_many_classes_are_shortened(tmp_path):
     fill(tmp_path, **{f"c{i:02d}": 2 for i in range(20)})
-    assert folder.survey(tmp_path).describe().endswith("20 classes: " + "".join(f"c{i:02d} 2, " for i in range(8))[:-2] + " and 12 more")
+    assert (
+        folder.survey(tmp_path)
+        .describe()
+        .endswith("20 classes: " + "".join(f"c{i:02d} 2, " for i in range(8))[:-2] + " and 12 more")
+    )
 
 
 @pytest.mark.parametrize("share", ["a", "b"])
@@ -492,7 +498,6 @@ def test_a_damaged_file_is_named_in_one_line(way, coloured, tmp_path, request):
     assert "\n" not in str(caught.value)
 
 
-
 def test_images_are_decoded_without_other_processes(coloured, streamed, monkeypatch):
     """Those would need shared memory, of which a container has 64 MB, and would outlive a lost signal."""
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
@@ -577,7 +582,9 @@ def test_images_that_the_program_wrote_are_no_data(run, tmp_path):
     run(data, "--epochs", 1)
     assert run(data, "--epochs", 2)["settings"]["classes"] == ["a", "b"]
     assert list(data.glob("run/output/*.png"))
-    assert "not used: 3 with results of this program (run/checkpoint/, run/log/ and 1 more)" in folder.survey(data).notes
+    assert (
+        "not used: 3 with results of this program (run/checkpoint/, run/log/ and 1 more)" in folder.survey(data).notes
+    )
 
 
 def test_what_is_in_memory_of_a_run_is_saved_when_a_file_is_lost(run, tmp_path, streamed, monkeypatch):
