@@ -97,8 +97,11 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
     ("train.py --ignore_mismatched_sizes", 2, "--ignore_mismatched_sizes goes with --init_from"),
     ("train.py --init_from nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
-    ("sample.py --guidance_scale 2", 2, "--guidance_scale goes with --class"),
-    ("sample.py --guidance_scale 1", 2, "--guidance_scale goes with --class"),  # the default's value, but given
+    ("sample.py --class none --guidance_scale 2", 2, "--guidance_scale guides towards a class"),
+    ("eval.py --class none --guidance_scale 1", 2, "not go with --class none"),  # the default's value, but given
+    ("eval.py --classifier_only --crop_frame", 2, "--crop_frame is for Inception"),
+    ("eval.py --classifier_only --resize bilinear", 2, "--resize is for Inception"),
+    ("eval.py --reference all", 2, "invalid choice: 'all'"),
     ("sample.py --class bag --guidance_scale -1", 2, "GUIDANCE_SCALE is -1.0, but must be from 0"),
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
