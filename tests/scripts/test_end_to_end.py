@@ -27,7 +27,7 @@ import eval as evaluate
 from src.data import datasets
 from src.samplers import SAMPLERS
 from src.scores import classifier, inception
-from src.utils import checkpoint
+from src.utils import checkpoint, errors
 
 # What the fixture `trained` did: 400 images in batches of 50, four epochs, stopped after two.
 STEPS, EPOCHS = 8, 4
@@ -176,7 +176,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         "weights": "ema",
     }
     made = {"images": 16, "sampler": "dpmpp_2m_sde", "steps": 5, "seed": 3, "batch_size": 6}
-    made |= {"precision": "bfloat16", "classes": [], "guidance_scale": 1.0}
+    made |= {"precision": "bfloat16", "class_choice": "drawn", "classes": [], "guidance_scale": 1.0}
     assert protocol["generated"] == made
     assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500, "classes": []}
     assert protocol["extractor"]["weights_sha256"] == weights_sha256
@@ -190,7 +190,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
     assert protocol["classifier"].keys() == {"network", "weights_sha256", "test_accuracy"}
     assert protocol["classifier"]["test_accuracy"] > 0.5
 
-    assert sum(scores["class_histogram"].values()) == 16 and scores["class_accuracy"] is None
+    assert sum(scores["class_histogram"].values()) == 16 and 0 <= scores["class_accuracy"] <= 1
     assert 0 <= scores["nearest_flagged"] <= 1 and scores["nearest_median"] > 0
     assert read_png(folder / "grid.png").shape == (4 * 34, 4 * 34)
     assert read_png(folder / "neighbours.png").shape == (4 * 40, 4 * 72)  # pairs, framed in four pixels
@@ -229,7 +229,7 @@ def test_scores_are_written_with_all_that_is_needed_to_get_them_again(
 ):
     monkeypatch.chdir(trained.folder)
     monkeypatch.setattr(inception, "weights", lambda path: path)
-    monkeypatch.setattr(inception, "Extractor", lambda path: FakeExtractor(has_logits))
+    monkeypatch.setattr(inception, "Extractor", lambda *_: FakeExtractor(has_logits))
     args = arguments(evaluate, *EVALUATION, "--output_dir", tmp_path / "eval")
     assert evaluate.main(args) == 0
     printed = capsys.readouterr()
@@ -271,7 +271,7 @@ def test_images_asked_to_be_of_a_class_are_scored_by_it(trained, one_thread, mon
     assert report["protocol"]["generated"]["classes"] == ["bag", "coat", "bag"]
     assert report["protocol"]["generated"]["guidance_scale"] == 2
     printed = capsys.readouterr().out
-    assert "16 images of bag, coat, bag (guidance 2)" in printed and "68.8%" in printed
+    assert "16 images of bag, coat, bag in turn (guidance 2)" in printed and "68.8%" in printed
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -279,9 +279,12 @@ def test_a_data_set_without_classes_has_no_classifier(trained, one_thread, monke
     monkeypatch.chdir(trained.folder)
     name = "fashion-mnist-tiny"
     monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], classes=()))
-    args = arguments(evaluate, *EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval")
-    assert evaluate.main(args) == 0
+    flags = [*EVALUATION, "--classifier_only", "--output_dir", tmp_path / "eval"]
+    with pytest.raises(errors.SettingError, match="not those of the model"):
+        evaluate.main(arguments(evaluate, *flags))
+    assert evaluate.main(arguments(evaluate, *flags, "--class", "none")) == 0
     scores = json.loads((tmp_path / "eval" / "metrics.json").read_text())["scores"]
+    assert scores["class_accuracy"] is None
     assert scores["classifier_fd"] is None and scores["class_histogram"] is None
     assert scores["nearest_median"] > 0
     assert "no classifier" in capsys.readouterr().out
@@ -352,4 +355,4 @@ def test_the_published_scores_are_of_the_bundled_weights_by_the_default_sampler(
     assert (made["sampler"], made["steps"], made["seed"]) == (config.SAMPLER, default, config.SEED)
     fid = f"{published['scores']['fid']:.2f}"
     assert f"FID-10k {fid} " in (ROOT / "weights/README.md").read_text()
-    assert f"| FID-10k | {fid} |" in (ROOT / "README.md").read_text()
+    assert f"| FID-10k, without classes | {fid} |" in (ROOT / "README.md").read_text()

@@ -77,10 +77,10 @@ def test_scores_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkey
     """They took an hour, in which somebody has deleted the directory."""
     generator = SimpleNamespace(device=torch.device("cpu"), precision=torch.float32, sampler="ddim", steps=2)
     model = SimpleNamespace(generator=generator, file="best.pth", sha256="")
-    monkeypatch.setattr(evaluation, "load_data", lambda *_: SimpleNamespace(reference=[], test=[]))
+    monkeypatch.setattr(evaluation, "load_data", lambda *_: SimpleNamespace(reference=[], test=[], notes=[]))
     monkeypatch.setattr(evaluation, "make_scorers", lambda *_: SimpleNamespace(all=list, networks={}))
     monkeypatch.setattr(evaluation, "generate", lambda *_: None)
-    monkeypatch.setattr(evaluation, "collect", lambda *_: {})
+    monkeypatch.setattr(evaluation, "collect", lambda *_: {"notes": []})
     monkeypatch.setattr(evaluation, "protocol", lambda *_: {})
     monkeypatch.setattr(report, "table", lambda *_: "the table")
     monkeypatch.setattr(pictures, "save_png", None)

@@ -112,7 +112,7 @@ def test_the_ends_of_the_scale_are_black_and_white():
 
 
 def test_a_model_is_sampled_with_its_own_settings_whatever_config_says(random_model, draw, monkeypatch):
-    flags = ["--num_samples", 3, "--steps", 6, "--seed", 4]
+    flags = ["--num_samples", 3, "--steps", 6, "--seed", 4, "--class", "none"]
     args = arguments(sample, *flags)
     absurd = {"IMAGE_SIZE": 64, "CHANNELS": 3, "UNET_DIM": 72, "UNET_DIM_MULTS": [3], "TIME_STEPS": 5}
     absurd |= {"SCHEDULE_TYPE": "cosine", "BETA_START": 0.8, "BETA_END": 0.9, "PREDICTION": "v"}
@@ -299,7 +299,7 @@ def frames(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_an_interpolation_leads_from_the_first_image_to_the_second_in_small_steps(sampler, draw):
-    flags = ["--num_samples", 2, "--sampler", sampler, "--steps", 10]
+    flags = ["--num_samples", 2, "--sampler", sampler, "--steps", 10, "--class", "bag"]
     folder = draw("morph", *flags, "--interpolate", "--interp_steps", 9)
     strip, images = frames(folder), read_samples(folder)
     assert len(strip) == 9
