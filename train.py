@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("train"))
     parser.add_run()
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not resume; see --overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete all of the earlier run")
+    parser.add_argument("--overwrite", action="store_true", help="with --fresh: delete the earlier run's files")
     parser.add_argument("--init_from", type=flags.path, metavar="FILE", help=INIT_FROM)
     parser.add_argument("--ignore_mismatched_sizes", action="store_true", help=IGNORE_MISMATCHED_SIZES)
     return parser.parse_args()
@@ -67,13 +67,13 @@ class Trainer:
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
 
         where = args.dataset, args.data_path
-        images, labels = world.main_first(lambda: datasets.load(*where, "train", args.image_size, args.channels))
-        digests = datasets.digests(*where, "train")
+        size = args.image_size, args.channels
+        load = lambda: (*datasets.load(*where, "train", *size), datasets.digests(*where, "train"))  # noqa: E731
+        images, labels, digests = world.main_first(load)  # the main process may have to download or to fill a cache
         sizes = len(images), args.val_size, args.batch_size, world.size * args.accumulate, args.given
         args.val_size, args.batch_size = datasets.training_sizes(*sizes)
         count = datasets.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels = images[:count], labels[:count]
-        self.held_out = images[count:], labels[count:] if args.class_conditional else None
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
         self.pace = Pace()
@@ -81,6 +81,7 @@ class Trainer:
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         names = list(datasets.classes(*where)) if args.class_conditional else []
         values["classes"], values["class_counts"] = names, datasets.class_counts(self.labels, len(names))
+        self.held_out = images[count:], labels[count:] if names else None
         for name in datasets.left_out(names, self.labels):
             log.warning("no image of the class %s is left to train on: add some", name)
         self.data = datasets.fingerprint(images, labels, digests)
@@ -207,8 +208,9 @@ class Trainer:
                 log.warning("%s: saved step %d in %s; the same command goes on from there", stop, learner.steps, path)
                 self.world.wait()  # torchrun ends all processes as soon as one has left
                 return 128 + stop.number
-            except (OSError, errors.UserError):  # a file could not be read or written: save what was learnt
-                self.checkpoints.save("latest.pth")
+            except (OSError, errors.UserError):  # a file could not be read or written
+                if learner.batch:  # else the end of an epoch failed, and a resumed run is to repeat it
+                    self.checkpoints.save("latest.pth")
                 raise
         log.info("done; next: %s", commands(args))
         return 0

@@ -81,9 +81,8 @@ class Learner:
         # Every process draws for the whole batch and keeps its share, so that the random numbers do not depend on the
         # number of processes. (Dropout masks do: the network draws them for the images that it is given.)
         share = self.world.share(batch_size)
-        t = draw_times(batch_size, self.diffusion.time_steps, settings["time_sampling"])[
-            share
-        ]  # (b,), on the CPU; line 3
+        t = draw_times(batch_size, self.diffusion.time_steps, settings["time_sampling"])  # (B,), on the CPU; line 3
+        t = t[share]  # (b,)
         eps = torch.randn(batch_size, *x0.shape[1:], device=self.device)[share]  # (b, C, H, W); line 4
         dropped = torch.rand(batch_size, device=self.device)[share] < settings["class_dropout"]  # (b,)
         y = y.masked_fill(dropped, self.model.no_class)  # Ho & Salimans 2022, Algorithm 1

@@ -127,7 +127,7 @@ def load(
 
     Raises:
         SettingError: the name is unknown, or the data set cannot have this size or number of channels.
-        UserError: a file is damaged or unknown, the data set is unavailable, or its folder cannot be written.
+        UserError: a file is damaged or unknown, or the data set is unavailable.
     """
     if name == FOLDER:
         return _load_folder(root, split, image_size, channels or 3)

@@ -23,7 +23,8 @@ SPLITS = {  # names of folders, in lower or upper case; Training_Set and test-im
     "val": r"val|valid|validation|dev",  # serves as the test split if there is none
 }
 OF_SYSTEMS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}  # hold no data
-RESULTS = {"losses.png", "grid.png", "scalars.jsonl", "latest.pth", "best.pth"}  # a folder with one holds no data
+# A folder with one of these files of this program holds no data.
+RESULTS = re.compile(r"losses\.png|scalars\.jsonl|(latest|best)\.pth|samples_epoch_\d{4,}\.png|sample_\d{5}.*\.png")
 SHOWN = 8  # so many classes, or other things, are listed by name
 
 
@@ -85,7 +86,7 @@ def survey(root: Path) -> Folder:
         raise SettingError(f"DATA_PATH is {root}, which is no directory: name the one with your images")
     paths, passed = scan(root)
     notes = [f"not used: {what}" for what in passed]
-    if any((root / name).exists() for name in RESULTS):
+    if any(map(RESULTS.fullmatch, os.listdir(root))):
         notes.append("results of this program are here, too: its own pictures count as data")
     places = _split_folders(root, paths)
     if not places:
@@ -136,7 +137,10 @@ def scan(root: Path) -> tuple[list[str], list[str]]:
         try:
             mode = os.stat(real).st_mode
         except OSError as error:  # also a link to nowhere
-            unreadable.append(f"{root / path} ({error.strerror})")
+            if path.lower().endswith(SUFFIXES):
+                unreadable.append(f"{root / path} ({error.strerror})")
+            else:
+                passed["unreadable"].append(path)
             return
         if real in seen or top.startswith(os.path.join(real, "")):
             passed["linked a second time"].append(path)
@@ -161,7 +165,7 @@ def scan(root: Path) -> tuple[list[str], list[str]]:
         except OSError as error:
             unreadable.append(f"{root / folder} ({error.strerror})")
             continue
-        if folder and any(entry.name in RESULTS for entry in entries):
+        if folder and any(RESULTS.fullmatch(entry.name) for entry in entries):
             passed["with results of this program"].append(folder + "/")
             continue
         for entry in entries:

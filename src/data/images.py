@@ -216,7 +216,7 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 def _without_metadata(png: bytes) -> bytes:
-    """Return a PNG file's content without the chunks that no pixel depends on; b"" if it is no PNG, or cut off.
+    """Return a PNG file's content without the chunks that no pixel depends on; b"" if it is no PNG.
 
     Pillow refuses a file with a long comment or with one whose checksum is wrong.
     """

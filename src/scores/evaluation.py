@@ -207,8 +207,8 @@ def _classes_in_short(classes: Sequence[str], known: Sequence[str]) -> str:
     if list(classes) == list(known):
         return "all"
     names = "+".join(classes)
-    if len(names.encode()) > 60:  # file systems limit a name to 255 bytes
-        return f"{len(classes)}-of-them-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    if len(raw := names.encode("utf-8", "surrogateescape")) > 60:  # file systems limit a name to 255 bytes
+        return f"{len(classes)}-of-them-{hashlib.sha256(raw).hexdigest()[:8]}"
     return re.sub(r"[^\w+.-]", "_", names)
 
 
@@ -226,10 +226,10 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
     work = f"{counted(options.num_samples, 'image')}, {generator.sampler}, {counted(generator.steps, 'step')}"
     log.info("%s on %s: scoring %s", model.file, machine, work)
 
-    data = load_data(model, options, world)
     frame = 0
     if options.crop_frame and not (frame := datasets.padding(model.settings["dataset"], model.settings["image_size"])):
         raise errors.SettingError("--crop_frame: the images of this model have no frame of padding")
+    data = load_data(model, options, world)
     scorers = world.main_first(lambda: make_scorers(data, options, frame, world))  # the main process fills the caches
     hashes = [model.sha256, *(network["weights_sha256"] for network in scorers.networks.values())]
     world.agree(hashes, "the checkpoint or the feature networks")
@@ -274,8 +274,15 @@ def load_data(model: Model, options: Options, world: World) -> Data:
             f"the classes in {options.data_path} are not those of the model: give the --data_path of its training, or "
             "--class none"
         )
-    notes = _trained_on(model, options)
-    training, training_labels = datasets.load(name, options.data_path, "train", size, channels)
+    notes = world.main_first(lambda: _trained_on(model, options))
+    load = lambda: datasets.load(name, options.data_path, "train", size, channels)  # noqa: E731
+    training, training_labels = world.main_first(load)
+    if options.reference == "held_out" and model.trained_on:
+        now = identity.record(datasets.digests(name, options.data_path, "train"))
+        if not torch.equal(now["digests"], model.trained_on["digests"]):
+            raise errors.SettingError(
+                f"--reference held_out: the images in {options.data_path} are not as in training"
+            )
     held_out = slice(len(training) - settings["val_size"], None)
     reference, of = {
         "test": (test, test_labels),
@@ -291,11 +298,13 @@ def load_data(model: Model, options: Options, world: World) -> Data:
 
 
 def _trained_on(model: Model, options: Options) -> list[str]:
-    """Warn, and return a note, if the model was trained on some of the test images."""
-    digests = datasets.digests(model.settings["dataset"], options.data_path, "test")
-    if not model.trained_on or not (seen := identity.known(model.trained_on, digests)[0]):
+    """Warn, and return a note, if some of the test images were in the train split when the model was trained."""
+    if not model.trained_on:
         return []
-    note = f"The model was trained on at least {seen} of the {len(digests)} test images: its scores are too good."
+    digests = datasets.digests(model.settings["dataset"], options.data_path, "test")
+    if not (seen := identity.known(model.trained_on, digests)[0]):
+        return []
+    note = f"At least {seen} of the {len(digests)} test images were in the train split: the scores are too good."
     log.warning("%s", note)
     return [note]
 
@@ -374,21 +383,22 @@ def bits_per_dim(
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Estimate the variational bound of the first test images, and say how.
 
-    The network is given the class of each image, if it generates images of classes.
+    The network is given the class of each image, if it generates images of classes and was trained on all of them.
 
     Returns:
         The scores `bits_per_dim` and its standard error `bits_per_dim_error`; and the protocol's entry `bits_per_dim`.
     """
     unet, diffusion, counts = generator.unet, generator.diffusion, generator.class_counts
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
+    known = bool(counts) and all(counts[label] for label in labels.tolist())  # else the bound would be infinite
     how = seed, times, BOUND_BATCH
-    with progress(log, total=images * times, unit=" images", unit_scale=True, desc="bits per dimension") as bar:
-        y = labels[:images] if counts else None  # (N,)
+    with progress(log, total=images * times, unit=" evaluations", unit_scale=True, desc="bits per dimension") as bar:
+        y = labels[:images] if known else None  # (N,)
         bits, error = likelihood.bits_per_dim(unet, diffusion, test[:images], *how, bar.update, y, counts)
     extent = {
         "images": images,
         "timesteps_of_each": times,
-        "network": f"float32, {'class-conditional' if counts else 'unconditional'}; padding pixels included",
+        "network": f"float32, {'class-conditional' if known else 'unconditional'}; padding pixels included",
     }
     return {"bits_per_dim": bits, "bits_per_dim_error": error}, {"bits_per_dim": extent}
 

@@ -146,7 +146,7 @@ class Extractor(nn.Module):
 
 
 class _Network(NoTrainInceptionV3):
-    """The network as torchmetrics builds it, without weights: antialiased resizing, then torch-fidelity's layers.
+    """The network as torchmetrics builds it, without weights: resizing to 299×299, then torch-fidelity's layers.
 
     The constructor of torchmetrics unpickles a file without checking it, so it is given an empty one. The weights are
     loaded later, after the check.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from src.utils.errors import SettingError, UserError
+from src.utils.errors import SettingError, UserError, first_line
 
 PROGRAM = "simple-ddpm"
 FORMAT = 1  # to be raised when older versions of the program cannot read the file
@@ -77,7 +77,7 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is no checkpoint, or a truncated one: give another file, or move it away") from error
     except (EOFError, OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        why = getattr(error, "strerror", None) or _first_line(error)
+        why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} cannot be read ({why}): restore it or move it away") from error
     if not isinstance(state, dict) or state.get("program") != PROGRAM:
         raise UserError(f"{path} is another program's checkpoint: give one that this train.py wrote")
@@ -118,8 +118,8 @@ def of_run(directory: Path) -> list[Path]:
     return [path for path in paths if os.path.lexists(path)]  # includes broken links
 
 
-def clear(directory: Path, overwrite: bool) -> None:
-    """Delete the checkpoints of an earlier run, so that a new one can start in `directory`.
+def clear(directory: Path, overwrite: bool) -> bool:
+    """Delete the checkpoints of an earlier run, so that a new one can start; returns whether there were any.
 
     Raises:
         SettingError: there are checkpoints, and `overwrite` is false.
@@ -131,6 +131,7 @@ def clear(directory: Path, overwrite: bool) -> None:
         raise SettingError(f"a new run would lose {names}: add --fresh --overwrite, or give other paths")
     for path in left:
         path.unlink()
+    return bool(left)
 
 
 def other_version(path: Path) -> UserError:
@@ -169,7 +170,3 @@ def _fsync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -91,7 +91,7 @@ def prepare(script: str) -> None:
     atexit.register(_flush)
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) and not _own(error):
             _print_error(script, _no_package(error))
         elif isinstance(error, KeyboardInterrupt):
             _print_error(script, "interrupted")
@@ -129,6 +129,8 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
             raise
         message, status = f"{error}; free space or choose another place", 1
     except ImportError as error:
+        if _own(error):
+            raise
         message, status = _no_package(error), 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
@@ -181,6 +183,11 @@ def _mute_tensorboard(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def _own(error: ImportError) -> bool:
+    """Whether an import failed within this program: a bug, not a package to install."""
+    return (error.name or "").partition(".")[0] == "src"
+
+
 def _no_package(error: ImportError) -> str:
     missing = isinstance(error, ModuleNotFoundError)
     what = f"no package {error.name}" if missing else f"a package is broken ({first_line(error)})"
@@ -205,4 +212,4 @@ def _lost_a_process(error: Exception) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -131,7 +131,7 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
 
 def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
     """Plot the losses of each epoch, from epoch 1, to a PNG; `history` holds those of "train" and "val"."""
-    # Figure needs no display. A notebook names one for its programs, whose package they may lack.
+    # Figure needs no display. A notebook sets MPLBACKEND, also for the programs it starts, which may lack its package.
     os.environ["MPLBACKEND"] = "agg"
     # Imported here because it takes a second.
     from matplotlib.figure import Figure

@@ -48,8 +48,8 @@ class Run:
         args: of train.py.
         learner: what is trained.
         world: the processes; only the main one writes.
-        values: the settings that rebuild the network and that a resumed run must repeat, with those of its
-            classes.
+        values: the settings that rebuild the network and that a resumed run must repeat, with
+            "classes" and "class_counts".
         data: fingerprint of the training images.
         digests: short hashes of their files, (N,) int64; none (0,) for a data set with files of other kinds.
         precision: of the network's arithmetic, since PRECISION may be auto.
@@ -99,8 +99,8 @@ class Run:
         Raises:
             SettingError: it left checkpoints, and --overwrite is not given.
         """
-        checkpoint.clear(Path(self.args.checkpoint_path), self.args.overwrite)
-        for setting, patterns in RESULTS.items() if self.args.overwrite else ():
+        earlier = checkpoint.clear(Path(self.args.checkpoint_path), self.args.overwrite)
+        for setting, patterns in RESULTS.items() if earlier else ():  # else the pictures are those of another run
             for pattern in patterns:
                 for path in Path(getattr(self.args, setting)).glob(pattern):
                     path.unlink()

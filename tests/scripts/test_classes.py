@@ -447,6 +447,7 @@ def test_images_of_some_classes_are_compared_with_real_ones_of_those(
         usual.append(test)
         init(self, training, test)
 
+    seen_how: list[tuple[str, int]] = []
     told, update = [], classifier.ClassifierScores.update
 
     def spy_update(self: classifier.ClassifierScores, images: Tensor, labels: Tensor | None = None) -> None:
@@ -457,12 +458,17 @@ def test_images_of_some_classes_are_compared_with_real_ones_of_those(
     monkeypatch.setattr(metrics, "reference_features", spy_features)
     monkeypatch.setattr(copies.Neighbours, "__init__", spy_init)
     monkeypatch.setattr(inception, "weights", lambda path: path)
-    monkeypatch.setattr(inception, "Extractor", lambda *_: Eye())
+    monkeypatch.setattr(inception, "Extractor", lambda *how: seen_how.append(how[1:]) or Eye())
     monkeypatch.setattr(classifier, "trained", lambda *_: Eye())
     monkeypatch.setattr(likelihood, "bits_per_dim", lambda *_: (1.0, 0.1))
     flags = ["--checkpoint", tmp_path / "model.pth", "--data_path", data, "--output_dir", tmp_path, "--device", "cpu"]
     flags += ["--num_samples", 4, "--steps", 1, "--reference", reference, *(["--class", *asked] if asked else [])]
+    if reference == "train":  # the way through Inception, too
+        flags += ["--resize", "tensorflow"]
     assert evaluate.main(arguments(evaluate, *flags)) == 0
+    assert seen_how == [("tensorflow" if reference == "train" else "bilinear", 0)]
+    with pytest.raises(SettingError, match="no frame of padding"):  # images of 28×28 are not padded
+        evaluate.main(arguments(evaluate, *flags, "--crop_frame"))
 
     images, _ = datasets.load("fashion-mnist-tiny", data, "test", 28)
     real, classes = datasets.load("fashion-mnist-tiny", data, "test" if reference == "test" else "train", 28)

@@ -754,12 +754,33 @@ def test_the_losses_are_plotted_whatever_display_a_notebook_names(tmp_path):
     assert (done.returncode, done.stderr, (tmp_path / "losses.png").exists()) == (0, "", True)
 
 
+@pytest.mark.parametrize("name", ["best.pth", "weights.pth", "final.pth"])
+def test_a_save_that_fails_at_the_end_of_an_epoch_is_made_up_for(name, quick, saved, monkeypatch, tmp_path):
+    """The same command repeats the end of the epoch, and all files are there."""
+    save, failed = checkpoint.save, []
+
+    def fail_once(path: Path, state: dict[str, Any]) -> None:
+        if path.name == name and not failed:
+            failed.append(path)
+            raise errors.UserError(f"cannot write {path}")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    with pytest.raises(errors.UserError, match="cannot write"):
+        quick("run", "--epochs", 1, "--save_minutes", 0)
+    assert saved("run")["epoch"] == 0  # as within the epoch
+    assert quick("run", "--epochs", 1) == 0
+    assert {path.name for path in (tmp_path / "run/checkpoint").glob("*.pth")} == {
+        *("best.pth", "weights.pth", "final.pth", "latest.pth")
+    }
+
+
 def test_the_checkpoint_that_is_named_in_the_end_is_there(quick, validation, tmp_path, caplog):
     caplog.set_level("INFO")
     validation(1.0, 2.0)
     for epochs, name in (1, "best.pth"), (2, "final.pth"):
         quick("run", "--epochs", epochs)
-        assert caplog.messages[-1].startswith(f"done; next, with --checkpoint {tmp_path}/run/checkpoint/{name}: ")
+        assert f"done; next: python sample.py --checkpoint {tmp_path}/run/checkpoint/{name}, or" in caplog.messages[-1]
         (tmp_path / "run/checkpoint/best.pth").unlink(missing_ok=True)  # somebody moves it to a safer place
 
 

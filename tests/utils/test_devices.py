@@ -194,7 +194,7 @@ def test_training_and_sampling_are_fast_and_what_is_reported_is_exact(monkeypatc
     uses = {
         "likelihood": lambda: likelihood.bits_per_dim(unet, diffusion, images, 0, 2, 4),
         "classifier": lambda: classifier.Classifier(classifier._network(1, 2))(images),
-        "Inception": lambda: inception.Extractor.forward(SimpleNamespace(network=fake_inception()), images),
+        "Inception": lambda: inception.Extractor.forward(SimpleNamespace(network=fake_inception(), frame=0), images),
     }
     for what, use in uses.items():
         used.clear()

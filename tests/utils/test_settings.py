@@ -192,11 +192,12 @@ def test_a_tilde_in_a_flag_is_the_home_directory(script, names, monkeypatch):
 def test_a_tilde_in_config_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for name in ("DATA_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"):
-        monkeypatch.setattr(config, name, "~/here")
+        monkeypatch.setattr(config, name, f"~/{name}")
     args = arguments(train)
-    assert {args.data_path, args.checkpoint_path, args.output_path, args.log_path} == {"/home/me/here"}
-    assert arguments(sample).checkpoint == "/home/me/here/best.pth"
-    assert arguments(evaluate).output_dir == "/home/me/here/eval"
+    for name in ("data_path", "checkpoint_path", "output_path", "log_path"):
+        assert getattr(args, name) == f"/home/me/{name.upper()}"
+    assert arguments(sample).checkpoint == "/home/me/CHECKPOINT_PATH/best.pth"
+    assert arguments(evaluate).output_dir == "/home/me/OUTPUT_PATH/eval"
 
 
 def test_eval_generates_a_thousand_images_by_default(monkeypatch):
