@@ -137,7 +137,7 @@ def scan(root: Path) -> tuple[list[str], list[str]]:
         try:
             mode = os.stat(real).st_mode
         except OSError as error:  # also a link to nowhere
-            if path.lower().endswith(SUFFIXES):
+            if path.lower().endswith(SUFFIXES) or not os.path.splitext(path)[1]:  # an image, or perhaps a folder
                 unreadable.append(f"{root / path} ({error.strerror})")
             else:
                 passed["unreadable"].append(path)

@@ -305,6 +305,8 @@ def test_places_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SettingError, match=r"/b \(Permission denied\): make it"):
         patch.setattr(os, "scandir", refuse)
         folder.survey(tmp_path)
+    (tmp_path / "notes.txt").symlink_to("/media/unplugged")
+    assert "not used: 1 unreadable (notes.txt)" in folder.survey(tmp_path).notes
     (tmp_path / "c").symlink_to("/media/unplugged")
     with pytest.raises(SettingError, match=r"cannot read .*/c \(No such file or directory\): make it readable"):
         folder.survey(tmp_path)
@@ -620,7 +622,7 @@ def test_the_evaluation_says_that_test_images_were_trained_on(run, tmp_path, cap
         shutil.copy(path, Path(test_files[0]).parent / f"{i}.png")
         shutil.copy(path, test_files[0])
     (note,) = evaluation.load_data(model, options, world).notes
-    assert re.search(r"trained on at least [1-9]\d* of the \d+ test images", note) and note in caplog.text
+    assert re.search(r"At least [1-9]\d* of the \d+ test images were in the train split", note) and note in caplog.text
 
 
 @pytest.mark.parametrize("most", [10, 1000])
