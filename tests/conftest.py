@@ -54,7 +54,7 @@ def run_script(name: str, *flags: object, cwd: Path, **options: Any) -> subproce
     """A command line of the README, in the folder `cwd`; stdout and stderr are pipes."""
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, flags)],
-        **{"cwd": cwd, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 600, **options},
+        **{"cwd": cwd, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 1800, **options},
     )
 
 
