@@ -21,7 +21,7 @@ from src.utils import checkpoint
 from src.utils.errors import SettingError, UserError
 
 STATE = {
-    "settings": {"unet_dim": 8, "unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0}
+    "settings": {"unet_dim_mults": [1, 2], "schedule_type": "cosine", "eta": 0.0, "class_counts": []}
     | checkpoint.UNRECORDED,
     "model": {"weight": torch.arange(600.0).view(20, 30), "bias": torch.tensor([2.0, -0.0])[1:]},
     "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
@@ -57,10 +57,12 @@ def test_what_was_saved_comes_back_to_the_last_bit(path):
 
 
 def test_settings_that_older_checkpoints_do_not_record_are_filled_in(tmp_path):
-    checkpoint.save(tmp_path / "old.pth", {"settings": {"unet_dim": 8}})
-    assert checkpoint.load(tmp_path / "old.pth")["settings"] == {"unet_dim": 8, "encoder_attention": False}
-    checkpoint.save(tmp_path / "new.pth", {"settings": {"encoder_attention": True}})
-    assert checkpoint.load(tmp_path / "new.pth")["settings"] == {"encoder_attention": True}
+    old, new = {"classes": ["a", "b"]}, {"classes": ["a", "b"], "encoder_attention": True, "class_counts": [5, 3]}
+    checkpoint.save(tmp_path / "old.pth", {"settings": old})
+    added = {"encoder_attention": False, "class_counts": [1, 1]}  # equal frequencies
+    assert checkpoint.load(tmp_path / "old.pth")["settings"] == old | added
+    checkpoint.save(tmp_path / "new.pth", {"settings": new})
+    assert checkpoint.load(tmp_path / "new.pth")["settings"] == new
     checkpoint.save(tmp_path / "cache.pt", {"content": {}})
     assert "settings" not in checkpoint.load(tmp_path / "cache.pt")
 
