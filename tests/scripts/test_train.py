@@ -461,7 +461,8 @@ def test_a_signal_to_the_real_process_is_answered_in_one_line_with_what_to_do(nu
     assert re.fullmatch(last_words, output.splitlines()[-1])
     assert state["step"] == 2 * state["epoch"] + state["batch"] >= 2
     assert not re.search(r"\b(done|completed?|finished)\b|Traceback|KeyboardInterrupt|\r", output, re.IGNORECASE)
-    assert not list(tmp_path.glob("outputs/samples_*.png")) and not (tmp_path / "checkpoints/final.pth").exists()
+    pictures_drawn = {path.name for path in tmp_path.glob("outputs/samples_*.png")}
+    assert pictures_drawn == {"samples_epoch_0001.png"} and not (tmp_path / "checkpoints/final.pth").exists()
 
 
 # ---- flags -------------------------------------------------------------------------------------------------

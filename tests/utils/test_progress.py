@@ -319,7 +319,7 @@ def classified(hang: Callable[[], None], tmp_path: Any, monkeypatch: Any) -> Non
             "testing the classifier: 0 of 1 batches",
         ),
         (generated, "scoring: 0 of 3 images"),
-        (bounded, r"bits per dimension: 0 of \d+ images"),
+        (bounded, r"bits per dimension: 0 of \d+ evaluations"),
         (classified, r"training the classifier: 0 of \d+ batches"),
     ],
     ids=["features", "neighbours", "scores", "hash", "accuracy", "generation", "likelihood", "classifier"],
