@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with status 2 and one line, which suggests a similar flag for an unknown one."""
         unknown = re.match(r"unrecognized arguments: (?:-+|(?=[\w-]+=))([\w-]+)", message)
         asked = f"--{unknown[1]}" if unknown else ""  # of --epoch, -epochs and epochs=3, but not of a word alone
-        meant = difflib.get_close_matches(asked, re.findall(r"--\w+", self.format_usage()), 1)
+        meant = difflib.get_close_matches(asked, re.findall(r"--\w+", self.format_usage()), 1, 0.7)
         message += "".join(f"; did you mean {flag}?" for flag in meant)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 

@@ -1,5 +1,6 @@
 """Pictures: grids, PNG and GIF files, and the plot of the losses."""
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,10 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: f
 
 
 def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Plot the losses of each epoch, from epoch 1, to a PNG; `history` holds those of "train" and "val"."""
+    """Plot the losses of each epoch, from epoch 1, to a PNG; `history` holds those of "train" and "val".
+
+    Before the first epoch, the plot is drawn as a trial, and not written.
+    """
     # Figure needs no display. A notebook sets MPLBACKEND, also for the programs it starts, which may lack its package.
     os.environ["MPLBACKEND"] = "agg"
     # Imported here because it takes a second.
@@ -150,4 +154,4 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     with writing(path):
-        figure.savefig(path, dpi=120)
+        figure.savefig(path if train else io.BytesIO(), dpi=120)

@@ -546,3 +546,13 @@ def test_in_order_covers_every_image_once(images):
     assert torch.equal(torch.cat(x0), normalise(images))
     assert torch.equal(torch.cat(y), labels)
     assert [y for _, y in in_order(images, 64)] == [None] * 16
+
+
+def test_images_of_one_s_own_are_no_place_for_a_download(tmp_path, monkeypatch):
+    """Somebody has forgotten --dataset folder."""
+    monkeypatch.setattr(fetch, "_fetch", None)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats/1.JPG").touch()
+    with pytest.raises(SettingError, match=r"has images, such as 1\.JPG, .*: add --dataset folder"):
+        load("fashion-mnist", tmp_path, "train", 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["cats"]

@@ -79,6 +79,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py -epochs 3", 2, "unrecognized arguments: -epochs 3; did you mean --epochs?"),
     ("train.py epochs=3", 2, "unrecognized arguments: epochs=3; did you mean --epochs?"),
     ("sample.py model.pth", 2, "unrecognized arguments: model.pth (see --help)"),
+    ("sample.py --gpu", 2, "unrecognized arguments: --gpu (see --help)"),  # nothing is similar enough
     ("sample.py --num-samples 3", 2, "did you mean --num_samples?"),
     # settings that do not go together
     ("train.py --image_size 29 --unet_dim_mults 1 2", 2, "IMAGE_SIZE must be divisible by 2^(levels - 1)"),
