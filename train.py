@@ -144,11 +144,8 @@ class Trainer:
     def forecast(self, seconds: float) -> str:
         """When the training ends and the next samples come, if each step takes so many seconds."""
         args, learner, begun = self.args, self.learner, self.learner.steps - self.pace.steps
-        run = (
-            f"the rest of the {args.epochs} epochs takes"
-            if begun
-            else f"{counted(args.epochs, 'epoch')} {'takes' if args.epochs == 1 else 'take'}"
-        )
+        epochs = f"{counted(args.epochs, 'epoch')} {'takes' if args.epochs == 1 else 'take'}"
+        run = f"the rest of the {args.epochs} epochs takes" if begun else epochs
         epoch = next(filter(self.draws, range(learner.epoch + 1, args.epochs + 1)))
         wait = duration((epoch * self.batches_per_epoch - learner.steps) * seconds)
         return (

@@ -88,8 +88,8 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
     if missing := [name for name in source.md5 if name not in files]:
         if image := next((path for path in islice(root.rglob("*"), 1000) if path.suffix.lower() in IMAGES), None):
             raise SettingError(
-                f"DATA_PATH {root} has images, such as {image.name}, but not the files of {source.name}: add --dataset "
-                "folder to train on them, or name another folder"
+                f"DATA_PATH {root} has images, such as {image.name}, but not the files of {source.name}: add "
+                "--dataset folder to train on them, or name another folder"
             )
         fetched = _fetch(source, root, missing, foreign)
         _keep(fetched, root / source.name)

@@ -23,7 +23,7 @@ from conftest import TINY
 
 from src.data import fetch
 from src.data.datasets import DATASETS, batches, in_order, load, normalise
-from src.utils.errors import UserError
+from src.utils.errors import SettingError, UserError
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES = tuple(DATASETS["fashion-mnist-tiny"].md5)
 
