@@ -18,8 +18,9 @@ def short(name: str, most: int = 60) -> str:
 def output_directories(places: Mapping[str, str]) -> Iterator[list[Path]]:
     """Context with directories to which files can be written, which is checked before hours of work are spent.
 
-    They are created, with their parents. At the end, those that were created and are still empty are removed: a run
-    that is refused leaves nothing behind.
+    They are created, with their parents. After an exception, those that were created and are still empty are removed,
+    so that a run that is refused leaves nothing behind. After a good end they stay: another process may be about to
+    write there.
 
     Args:
         places: name of the flag (without --) → directory.
@@ -43,7 +44,8 @@ def output_directories(places: Mapping[str, str]) -> Iterator[list[Path]]:
         if failures:
             raise SettingError(f"{'; '.join(failures)}. Name directories that can be written")
         yield paths
-    finally:
+    except BaseException:
         for folder in sorted(created, key=lambda folder: len(folder.parts), reverse=True):
             with suppress(OSError):  # it is not empty, or was never created
                 folder.rmdir()
+        raise

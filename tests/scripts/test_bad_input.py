@@ -15,7 +15,7 @@ import eval as evaluate
 import sample
 import train
 from src.data import datasets
-from src.utils import checkpoint, errors, settings
+from src.utils import checkpoint, directories, errors, settings
 from src.utils.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -343,3 +343,16 @@ def test_a_checkpoint_that_the_message_names_is_there(place, call):
         code, line = call(command)
         assert code == 1
         assert line.endswith(f", or give a file that is there, such as {hint}\n" if hint else "with python train.py\n")
+
+
+def test_a_directory_is_removed_after_a_refusal_only(tmp_path):
+    """The first of several processes to end must not remove one to which the main process is about to write."""
+    new, old = tmp_path / "a/new", tmp_path / "old"
+    old.mkdir()
+    places = {"output_path": str(new), "log_path": str(old)}
+    with pytest.raises(errors.SettingError), directories.output_directories(places):
+        raise errors.SettingError("refused")
+    assert old.is_dir() and not (tmp_path / "a").exists()
+    with directories.output_directories(places):
+        pass
+    assert new.is_dir()

@@ -104,7 +104,7 @@ def test_two_processes_draw_the_images_of_one(one, tmp_path):
     common += ["--num_samples", 5, "--batch_size", 3, "--steps", 4, "--class", "bag", "1", "--gif"]
     for processes in (1, 2):
         command = torchrun(processes, "sample.py", *common, "--output_dir", tmp_path / str(processes))
-        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=TIMEOUT)
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=TIMEOUT)
     by_one, by_two = tmp_path / "1", tmp_path / "2"
     assert sorted(p.name for p in by_one.iterdir()) == sorted(p.name for p in by_two.iterdir())
     assert abs(read_samples(by_one) - read_samples(by_two)).max() <= 1  # rounding, in batches of another size
@@ -370,7 +370,7 @@ def test_two_processes_score_as_one(one, tmp_path):
     environment, found = {**ENVIRONMENT, "TORCH_HOME": str(tmp_path / "torch")}, []
     for processes in (2, 1):
         command = torchrun(processes, "eval.py", *flags, "--output_dir", tmp_path / str(processes))
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=TIMEOUT)
         found.append(json.loads((tmp_path / str(processes) / "metrics.json").read_text())["scores"])
     two, alone = found
     assert alone["num_images"] == two["num_images"] == 7
