@@ -64,6 +64,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     model = evaluation.load_model(
         args.checkpoint,
         world.device,
+        given=args.given,
         sampler=args.sampler,
         steps=args.steps,
         eta=args.eta,

@@ -13,15 +13,10 @@ from src.utils import cores, errors, flags, settings
 def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("sample"), BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_model_flags("samples")
-    parser.add_argument("--interpolate", action="store_true", help="also interpolate from image 0 to 1, by dpmpp_2m")
+    parser.add_argument("--interpolate", action="store_true", help="also interpolate from image 0 to image 1")
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()
-    stochastic = settings.SAMPLERS[args.sampler]["stochastic"]
-    if args.interpolate and "sampler" not in args.given and stochastic:
-        args.sampler, stochastic = "dpmpp_2m", False
-    if args.interpolate and (stochastic or args.eta > 0):
-        parser.error("--interpolate needs a deterministic sampler: --sampler ddim or dpmpp_2m, with --eta 0")
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")
     return args
@@ -95,6 +90,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
         unet, diffusion = restore(state, world.device, weights)
     classes, counts = flags.pick_classes(args.classes, state["settings"])
     names = [state["settings"]["classes"][label] for label in classes]
+    args.sampler = flags.pick_sampler(args.sampler, args.given, state["settings"])
     precision = devices.pick_precision(args.precision, world.device)
     with errors.setting_errors():
         how = args.sampler, args.steps, args.eta, precision, classes, counts, args.guidance_scale

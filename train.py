@@ -40,7 +40,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src.data import datasets
 from src.generation import Generator, build
-from src.training import Diverged, Learner, learning_rate, validation_loss
+from src.training import Diverged, Learner, consistency_gap, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
 from src.utils.monitor import Monitor, Silence, commands, describe
@@ -49,6 +49,8 @@ from src.utils.run import Run
 from src.utils.signals import Interrupted, StopSignals
 
 log = logging.getLogger("train")
+
+PLOT_SECONDS = 60  # at least, between two plots of the losses, but where samples are drawn, too
 
 
 class Trainer:
@@ -62,6 +64,7 @@ class Trainer:
                 f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
             )
         self.precision = devices.pick_precision(args.precision, self.device)
+        args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
         if args.compile and world.maximum(int(not devices.can_compile(self.device))):
             args.compile = False
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
@@ -77,6 +80,7 @@ class Trainer:
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
         self.pace = Pace()
+        self.plot_due = time.monotonic()  # on a GPU an epoch may take two seconds, and the plot half of one
 
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         names = list(datasets.classes(*where)) if args.class_conditional else []
@@ -99,7 +103,7 @@ class Trainer:
         data = self.images, self.labels, args.batch_size, args.seed, learner.epoch, learner.batch, share
         for x0, y in datasets.batches(*data):
             lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
-            loss, norm = learner.step(x0, y, lr)
+            loss, norm = learner.step(x0, y, lr, self.gap(learner.steps + 1))
             learner.batch += 1
             if learner.steps % args.log_every == 0:  # seldom, because it waits for the device
                 learner.synchronize()
@@ -133,6 +137,10 @@ class Trainer:
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
 
+    def gap(self, step: int) -> float | None:
+        """The gap of consistency training at a step, counted from 1; None for ordinary training."""
+        return consistency_gap(step, self.steps) if self.args.objective == "consistency" else None
+
     def draws(self, epoch: int) -> bool:
         """Whether a grid of samples follows an epoch, counted from 1: the first, the last, and every SAMPLE_EVERY."""
         return epoch in (1, self.args.epochs) or epoch % self.args.sample_every == 0
@@ -158,8 +166,10 @@ class Trainer:
         if not self.world.is_main:
             return
         directory, learner = Path(self.args.output_path), self.learner
-        with errors.by_product(f"{directory}/losses.png"):
-            pictures.plot_losses(learner.history, directory / "losses.png")
+        if samples is not None or time.monotonic() >= self.plot_due:
+            with errors.by_product(f"{directory}/losses.png"):
+                pictures.plot_losses(learner.history, directory / "losses.png")
+            self.plot_due = time.monotonic() + PLOT_SECONDS
         if samples is not None:
             with errors.by_product(f"{directory}/samples_epoch_*.png"):
                 pictures.save_png(samples, self.picture(learner.epoch))
@@ -173,7 +183,9 @@ class Trainer:
             devices.float32_kernels(self.device, fast=False),
             progress(log, iterable=held_out, **bar) as batches,
         ):
-            return validation_loss(model, self.diffusion, batches, len(images), args.seed, self.world, signals.check)
+            # with the last gap, so that epochs can be compared
+            how = args.seed, self.world, signals.check, self.gap(self.steps)
+            return validation_loss(model, self.diffusion, batches, len(images), *how)
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""

@@ -15,11 +15,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+HUBER_C = 0.002  # of the pseudo-Huber loss in consistency training
+
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
 PREDICTIONS = ("noise", "x0", "v")  # what the network predicts; see `Diffusion.target`
 LOSS_WEIGHTS = ("uniform", "min_snr")  # weight of each timestep in the loss; see `Diffusion.weight`
 TIME_SAMPLINGS = ("uniform", "stratified")  # distribution of the training timesteps; see `draw_times`
+OBJECTIVES = ("denoising", "consistency")  # what the network learns: `Diffusion.loss` or `consistency_loss`
 
 
 def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -128,17 +131,17 @@ class Diffusion:
         return signal * eps - noise * x0
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """Convert the network's output for x_t into an estimate of x_0, clipped to [-1, 1]; (B,C,H,W)."""
+        """Convert the network's output for x_t into an estimate of x_0, (B,C,H,W)."""
         signal, noise = self.signal_and_noise(t)
         if self.prediction == "noise":
-            output = (x_t - noise * output) / signal
-        elif self.prediction == "v":
-            output = signal * x_t - noise * output
-        return output.clamp(-1, 1)
+            return (x_t - noise * output) / signal
+        if self.prediction == "v":
+            return signal * x_t - noise * output
+        return output
 
     def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
         """Evaluate the network at x_t and return its estimate of x_0, clipped to [-1, 1]; (B,C,H,W)."""
-        return self.predict_x0(x_t, t, network(x_t, send(t, self.device)))
+        return self.predict_x0(x_t, t, network(x_t, send(t, self.device))).clamp(-1, 1)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """The noise eps in x_t, given x_0: Ho et al., eq. 4, solved for eps; (B,C,H,W)."""
@@ -175,6 +178,35 @@ class Diffusion:
         output = network(self.q_sample(x0, t, eps), send(t, self.device))
         error = torch.nn.functional.mse_loss(output, self.target(x0, t, eps), reduction="none")
         return (self.weight(t) * error).mean()
+
+    def consistency_loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor, gap: float) -> Tensor:
+        """The loss of consistency training (Song et al. 2023, Algorithm 3), a scalar, for prediction v.
+
+        The estimate of x_0 from x_t learns to equal that from the less noisy x_r, which has the same noise eps. From
+        x_{-1}, the clean image, the estimate is x_0 itself, since v has the factor √(1 - α̅) = 0 there.
+
+        The error is that of v, which is that of x_0 over √(1 - α̅_t), as Geng et al. 2024 weight it. Its norm is taken
+        for each image, not its square: the pseudo-Huber loss of Song & Dhariwal 2024, with a c near 0. The square
+        hardly learns (docs/recipe.md).
+        """
+        r, x_t = self.less_noisy(t, gap), self.q_sample(x0, t, eps)  # (B,), (B, C, H, W)
+        generators = [] if self.device.type == "cpu" else [self.device]
+        with torch.no_grad(), torch.random.fork_rng(generators, device_type=self.device.type):  # same dropout masks
+            x_r = self.q_sample(x0, r, eps)  # (B, C, H, W)
+            x0 = self.predict_x0(x_r, r, network(x_r, send(r.clamp(min=0), self.device)))
+        target = self.target(x0, t, self.predict_eps(x_t, t, x0))  # as in `loss`, but of the estimated x_0
+        error = (network(x_t, send(t, self.device)) - target).square().mean(dim=(1, 2, 3), keepdim=True)  # (B,1,1,1)
+        return (self.weight(t) * ((error + HUBER_C**2).sqrt() - HUBER_C)).mean()
+
+    def less_noisy(self, t: Tensor, gap: float) -> Tensor:
+        """r < t for consistency training, (B,), -1 for the clean image: σ_r = σ_t (1 - gap n(σ_t)), σ = √(1/α̅ - 1).
+
+        n(σ) = 1 + 8 sigmoid(-σ) makes the relative distance five times as large where there is little noise (Geng et
+        al. 2024, §4). r is rounded down.
+        """
+        sigma = (1 / self.alpha_bar - 1).sqrt()  # (T,), increasing
+        n = 1 + 8 * torch.sigmoid(-sigma[t])  # (B,)
+        return torch.searchsorted(sigma, sigma[t] * (1 - gap * n)) - 1
 
     def weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
         """The weight of timestep t in the loss, float32 (B,1,1,1); 1 for "uniform".

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.diffusion import Diffusion, Network
 from src.model import UNet, autocast
-from src.samplers import SAMPLERS
+from src.samplers import SAMPLERS, Draw
 
 
 def build(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[UNet, Diffusion]:
@@ -126,22 +126,25 @@ class Generator:
     def interpolate(
         self, seed: int, frames: int, batch_size: int, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        """Images from x_T on the arc between the noises of images 0 and 1 of a seed, uint8 (frames,C,H,W).
+        """Images between images 0 and 1 of a seed, uint8 (frames,C,H,W), all of the class of image 0.
 
-        All have the class of image 0. The sampler must be deterministic (else ValueError): then neighbouring frames
-        are similar, the first frame is image 0, and the last is image 1 if that has the same class. `on_step` is that
-        of `images`.
+        x_T and all later noise lie on the arcs between those of the two images. So neighbouring frames are similar,
+        the first frame is image 0, and the last is image 1 if that has the same class. `on_step` is that of `images`.
         """
-        if SAMPLERS[self.sampler].stochastic or self.options.get("eta"):
-            raise ValueError("interpolation needs a deterministic sampler")
-        draw = ImageNoise(seed, range(2), self.shape, self.device)
-        first, last = draw()
-        noises = slerp(first, last, torch.linspace(0, 1, frames, device=self.device))  # (frames, C, H, W)
-        parts = noises.split(batch_size)
-        return torch.cat([self._sample(x_T, draw, self.labels(seed, [0] * len(x_T)), on_step) for x_T in parts])
+
+        def images(weights: Tensor) -> Tensor:
+            noise = ImageNoise(seed, range(2), self.shape, self.device)
+
+            def draw() -> Tensor:
+                first, last = noise()
+                return slerp(first, last, weights)  # (F, C, H, W)
+
+            return self._sample(draw(), draw, self.labels(seed, [0] * len(weights)), on_step)
+
+        return torch.cat([images(w) for w in torch.linspace(0, 1, frames, device=self.device).split(batch_size)])
 
     def _sample(
-        self, x_T: Tensor, draw: ImageNoise, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
+        self, x_T: Tensor, draw: Draw, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
         for x_t in SAMPLERS[self.sampler].run(self.network(y), self.diffusion, x_T, draw, self.steps, **self.options):
             if on_step is not None:

@@ -87,6 +87,20 @@ def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw
         yield x_t
 
 
+@torch.inference_mode()
+def consistency(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+    """Consistency sampling (Song et al. 2023, Algorithm 1) for a network trained by OBJECTIVE consistency.
+
+    Each step estimates x_0 and adds fresh noise of the next level.
+    """
+    x_t = x_T
+    for t, s in _time_pairs(diffusion, steps):
+        x_t = diffusion.denoise(network, x_t, t)
+        if s[0] >= 0:
+            x_t = diffusion.q_sample(x_t, s, draw())
+        yield x_t
+
+
 def _extrapolate(diffusion: Diffusion, x0: Tensor, h: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
     """D of Lu et al. 2022, Algorithm 2: x_0 + h / (2 h_previous) · (x_0 - x_0_previous), (B,C,H,W).
 
@@ -119,4 +133,5 @@ SAMPLERS = {
     "ddim": Sampler(ddim, steps=50, stochastic=False),
     "dpmpp_2m": Sampler(dpmpp_2m, steps=20, stochastic=False),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True),
+    "consistency": Sampler(consistency, steps=2, stochastic=True),
 }

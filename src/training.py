@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from src.diffusion import Diffusion, draw_times, send
+from src.diffusion import Diffusion, Network, draw_times, send
 from src.ema import EMA
 from src.model import UNet, autocast
+
+STAGES = 6  # of consistency training; see `consistency_gap`
 
 
 class Diverged(Exception):
@@ -70,11 +72,12 @@ class Learner:
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)  # first non-finite gradient; 0 = none
         self.bad_norm = torch.zeros((), device=self.device)  # norm of that gradient
 
-    def step(self, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, x0: Tensor, y: Tensor, learning_rate: float, gap: float | None = None) -> tuple[Tensor, Tensor]:
         """One step of Ho et al. 2020, Algorithm 1.
 
         It takes this process's share of a batch: images x0 (b,C,H,W) float32 in [-1, 1] and their classes y (b,). It
-        returns the loss of the whole batch and the norm of its gradient before clipping, scalars on the device.
+        returns the loss of the whole batch and the norm of its gradient before clipping, scalars on the device. `gap`
+        is that of consistency training, None for ordinary training.
         """
         settings, batch_size = self.settings, self.settings["batch_size"]
         x0, y = send(x0, self.device), send(y, self.device)  # line 2: x_0 ~ q(x_0)
@@ -94,7 +97,7 @@ class Learner:
             network = partial(self.network, y=y_i if self.model.label is not None else None)
             with nullcontext() if number == len(parts) else self.world.no_sync(self.network):  # one average per step
                 with autocast(self.device, self.precision):
-                    part_loss = self.diffusion.loss(network, x0_i, t_i, eps_i) / len(parts)
+                    part_loss = loss_of(self.diffusion, gap)(network, x0_i, t_i, eps_i) / len(parts)
                 part_loss.backward()  # line 5
             loss += part_loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings["grad_clip"])
@@ -172,6 +175,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
     return peak * min(rise, fall, 1.0)
 
 
+def consistency_gap(step: int, steps: int) -> float:
+    """The `gap` of `Diffusion.less_noisy` at step number `step` of `steps`, counting from 1.
+
+    It starts at 1/2, where r is the clean image for most t, and is halved STAGES - 1 times at equal intervals.
+    """
+    return 2.0 ** -(1 + STAGES * (step - 1) // steps)
+
+
+def loss_of(diffusion: Diffusion, gap: float | None) -> Callable[[Network, Tensor, Tensor, Tensor], Tensor]:
+    """The loss as a function of network, x0, t and eps: that of consistency training, unless `gap` is None."""
+    return diffusion.loss if gap is None else partial(diffusion.consistency_loss, gap=gap)
+
+
 @torch.inference_mode()
 def validation_loss(
     network: Callable[..., Tensor],
@@ -181,12 +197,14 @@ def validation_loss(
     seed: int,
     world: Processes,
     on_batch: Callable[[], None] = lambda: None,
+    gap: float | None = None,
 ) -> float:
     """The loss on `count` held-out images, with the same t and eps at every call, so that epochs can be compared.
 
     The `batches` are images (B,C,H,W) float32 in [-1, 1] and their classes (B,) on the CPU, of which each process
     evaluates its share; None instead of classes if the network is to be given none. The timesteps are spread evenly
-    over all noise levels, and `seed` determines eps. `on_batch` is called after each batch.
+    over all noise levels, and `seed` determines eps. `on_batch` is called after each batch. `gap` is as in
+    `Learner.step`.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, first = [], 0  # scalars on the device, each the sum over this process's share of a batch
@@ -198,7 +216,7 @@ def validation_loss(
         if len(t[share]):  # the last batch may have fewer images than there are processes
             x0_i, eps_i = send(x0[share], diffusion.device), send(eps[share], diffusion.device)
             predict = network if y is None else partial(network, y=send(y[share], diffusion.device))
-            losses.append(diffusion.loss(predict, x0_i, t[share], eps_i) * len(t[share]))
+            losses.append(loss_of(diffusion, gap)(predict, x0_i, t[share], eps_i) * len(t[share]))
         on_batch()
     _add(total := torch.zeros((), dtype=torch.float64), losses)
     return (world.mean(total) * world.size / count).item()

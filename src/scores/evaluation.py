@@ -9,7 +9,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -142,6 +142,7 @@ def load_model(
     file: str,
     device: torch.device,
     *,
+    given: Collection[str] = ("sampler",),
     sampler: str,
     steps: int,
     eta: float,
@@ -154,6 +155,7 @@ def load_model(
     Args:
         file: path of the checkpoint.
         device: of the network and of the images.
+        given: names of flags; without "sampler", a model that was trained for a certain sampler has that one.
         sampler, steps, eta, guidance_scale: as for `Generator`.
         precision: "float32", "bfloat16" or "auto".
         classes: as --class: names or numbers of the classes to generate in turn, or "all" or "none" alone; empty for
@@ -170,6 +172,7 @@ def load_model(
     labels, counts = flags.pick_classes(classes, state["settings"])
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
+        sampler = flags.pick_sampler(sampler, given, state["settings"])
         how = sampler, steps, eta, dtype, labels, counts, guidance_scale
         generator = Generator(unet, diffusion, *how)
     return Model(file, sha256, state["settings"], generator, state.get("trained_on"))

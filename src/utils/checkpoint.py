@@ -20,7 +20,8 @@ from src.utils.errors import SettingError, UserError, first_line
 
 PROGRAM = "simple-ddpm"
 FORMAT = 1  # to be raised when older versions of the program cannot read the file
-UNRECORDED = {"encoder_attention": False}  # settings that older checkpoints do not record, with their values there
+# Settings that older checkpoints do not record, with their values there.
+UNRECORDED = {"encoder_attention": False, "objective": "denoising"}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -6,15 +6,18 @@ values are in settings.py. This module imports no heavy package, so that --help 
 
 import argparse
 import difflib
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
 from src.utils import settings
 from src.utils.errors import SettingError
+
+log = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,6 +143,22 @@ def comments_of(config: ModuleType) -> dict[str, str]:
     text = Path(str(config.__file__)).read_text(encoding="utf-8")
     lines = re.findall(r"^([A-Z0-9_]+)\b.+? +# (.+)$", text, re.MULTILINE)
     return {name: comment.replace("%", "%%") for name, comment in lines}
+
+
+def pick_sampler(sampler: str, given: Collection[str], settings: Mapping[str, Any]) -> str:
+    """The sampler for a model with these `settings`: the one named on the command line, or for which it was trained.
+
+    Args:
+        sampler: the value of the flag.
+        given: names of the flags that were on the command line.
+        settings: with "objective".
+    """
+    consistent = settings["objective"] == "consistency"
+    if consistent and "sampler" not in given:
+        return "consistency"
+    if consistent != (sampler == "consistency"):
+        log.warning("the model was not trained for --sampler %s: expect bad images", sampler)
+    return sampler
 
 
 def pick_classes(asked: Sequence[str], model: Mapping[str, Any]) -> tuple[list[int], list[int]]:

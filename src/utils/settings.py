@@ -119,6 +119,7 @@ SETTINGS = {
     "BETA_START": Setting(holds=lambda v: 0 < v < 1, wording="above 0 and below 1"),
     "BETA_END": Setting(holds=lambda v: 0 < v < 1, wording="above 0 and below 1"),
     "PREDICTION": _one_of(read_table("diffusion.py", "PREDICTIONS")),
+    "OBJECTIVE": _one_of(read_table("diffusion.py", "OBJECTIVES")),
     "LOSS_WEIGHT": _one_of(read_table("diffusion.py", "LOSS_WEIGHTS")),
     "TIME_SAMPLING": _one_of(read_table("diffusion.py", "TIME_SAMPLINGS")),
     "NUM_SAMPLES": _at_least(1, ALL, "free"),
@@ -158,6 +159,11 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
     ),
     (("DATA_PATH", "OUTPUT_PATH"), lambda *paths: _differ(*paths), "OUTPUT_PATH must not be DATA_PATH"),
     (("DATA_PATH", "OUTPUT_DIR"), lambda *paths: _differ(*paths), "OUTPUT_DIR must not be DATA_PATH"),
+    (
+        ("OBJECTIVE", "PREDICTION"),
+        lambda objective, prediction: objective == "denoising" or prediction == "v",
+        "OBJECTIVE consistency is for PREDICTION v",
+    ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
 ]
 

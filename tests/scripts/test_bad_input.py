@@ -66,6 +66,7 @@ CASES = [  # command, exit status, parts of the line
     # names that nobody knows
     ("train.py --schedule_type quadratic", 2, "SCHEDULE_TYPE is 'quadratic', but must be linear or cosine"),
     ("train.py --prediction x", 2, "PREDICTION is 'x', but must be noise, x0 or v"),
+    ("train.py --objective x", 2, "OBJECTIVE is 'x', but must be denoising or consistency"),
     ("train.py --loss_weight snr", 2, "LOSS_WEIGHT is 'snr', but must be uniform or min_snr"),
     ("train.py --time_sampling random", 2, "TIME_SAMPLING is 'random', but must be uniform or stratified"),
     ("sample.py --class hat", 2, "--class hat is unknown: choose from t-shirt, trouser"),
@@ -74,7 +75,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --precision float16", 2, "PRECISION is 'float16', but must be auto, float32 or bfloat16"),
     ("train.py --device cpu:1", 2, "DEVICE is 'cpu:1', but must be auto, cpu, or a device of torch's, such as cuda"),
     ("train.py --dataset imagenet", 2, "imagenet"),
-    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim, dpmpp_2m or dpmpp_2m_sde"),
+    ("sample.py --sampler euler", 2, "SAMPLER is 'euler', but must be ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or cons"),
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3; did you mean --batch_size?"),
     ("train.py -epochs 3", 2, "unrecognized arguments: -epochs 3; did you mean --epochs?"),
     ("train.py epochs=3", 2, "unrecognized arguments: epochs=3; did you mean --epochs?"),
@@ -95,6 +96,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --beta_end 0.02", 2, "--beta_end is for --schedule_type linear"),  # the default's value, but given
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("sample.py --sampler dpmpp_2m --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
+    ("train.py --objective consistency --prediction noise", 2, "OBJECTIVE consistency is for PREDICTION v"),
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
     ("train.py --ignore_mismatched_sizes", 2, "--ignore_mismatched_sizes goes with --init_from"),
     ("train.py --init_from nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
@@ -108,7 +110,6 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
     ("sample.py --interp_steps 10", 2, "--interp_steps goes with --interpolate"),  # the default's value, but given
-    ("sample.py --interpolate --sampler ddpm", 2, "--interpolate needs a deterministic sampler"),
     # too much for the data, the machine, or the run that is there
     ("train.py --batch_size 2000", 2, "--batch_size 2000; reduce one of them"),
     ("train.py --val_size 1000", 2, "too few for --val_size 1000"),

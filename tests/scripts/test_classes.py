@@ -100,7 +100,7 @@ def told(monkeypatch, quick, *flags: object) -> Tensor:
 def test_a_share_of_the_labels_is_hidden_and_the_others_are_told(quick, monkeypatch):
     right = []
     step = Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, x0, y, lr: right.append(y) or step(self, x0, y, lr))
+    monkeypatch.setattr(Learner, "step", lambda self, x0, y, *rest: right.append(y) or step(self, x0, y, *rest))
     seen, right = told(monkeypatch, quick, "--class_dropout", 0.25), torch.cat(right)
     hidden = seen == 10
     assert 70 < hidden.sum() < 130  # of 400; 100 ± 8.7

@@ -108,7 +108,7 @@ def test_the_average_follows_its_recurrence_at_every_step(quick, saved, monkeypa
 def test_images_reach_the_network_normalised_once(quick, monkeypatch):
     seen = []
     step = Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, x0, y, lr: seen.append(x0) or step(self, x0, y, lr))
+    monkeypatch.setattr(Learner, "step", lambda self, x0, *rest: seen.append(x0) or step(self, x0, *rest))
     quick("run", "--epochs", 1)
     images = torch.cat(seen)
     assert (len(images), images.dtype) == (STEPS * 10, torch.float32)
@@ -127,10 +127,10 @@ def power_cut(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
     def cut(step: int) -> Iterator[None]:
         whole_step = Learner.step
 
-        def fatal_step(self: Learner, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+        def fatal_step(self: Learner, *batch: object) -> tuple[Tensor, Tensor]:
             if self.steps == step:
                 raise RuntimeError("power cut")
-            return whole_step(self, x0, y, learning_rate)
+            return whole_step(self, *batch)
 
         with monkeypatch.context() as patch:
             patch.setattr(Learner, "step", fatal_step)
@@ -239,10 +239,10 @@ def test_a_gradient_that_is_not_finite_is_noticed_before_it_shows(
     last = 0
     step, validate = Learner.step, train.Trainer.validate
 
-    def spoilt(self: Learner, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def spoilt(self: Learner, x0: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         nonlocal last
         last = self.steps + 1
-        return step(self, x0 * float("nan") if last == 6 else x0, y, learning_rate)
+        return step(self, x0 * float("nan") if last == 6 else x0, *rest)
 
     def watched(self: train.Trainer, signals: StopSignals) -> float:
         assert last < 6

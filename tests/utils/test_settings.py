@@ -268,7 +268,11 @@ GENERATE = (
 )
 SCRIPTS: dict[str, ModuleType] = {"train": train, "sample": sample, "eval": evaluate}
 RUNS = {
-    "train": [TRAIN, f"{TRAIN} --no-class_conditional --epochs 1"],
+    "train": [
+        TRAIN,
+        f"{TRAIN} --no-class_conditional --epochs 1",
+        f"{TRAIN} --objective consistency --prediction v --epochs 1",
+    ],
     "sample": [
         f"{GENERATE} --sampler ddim --steps 3 --eta 0.5",
         f"{GENERATE} --sampler ddim --steps 3 --interpolate --interp_steps 4",
@@ -339,8 +343,9 @@ SHOWN: dict[str, Callable[[Calls], bool]] = {
     "EPOCHS": lambda calls: {call["epoch"] for call in calls["datasets.batches"]} == {0, 1, 2},
     "ADAM_BETA2": lambda calls: calls["Adam.__init__"][0]["betas"] == (0.9, 0.97),
     "ACCUMULATE": lambda calls: [len(call["x0"]) for call in calls["Diffusion.loss"][:36]] == [3] * 36,
-    "COMPILE": lambda calls: len(calls["UNet.compile"]) == 2,  # in both runs
-    "CLASS_CONDITIONAL": lambda calls: [call["num_classes"] for call in calls["UNet.__init__"]] == [2, 0],
+    "COMPILE": lambda calls: len(calls["UNet.compile"]) == 3,  # in all runs
+    "CLASS_CONDITIONAL": lambda calls: [call["num_classes"] for call in calls["UNet.__init__"]] == [2, 0, 2],
+    "OBJECTIVE": lambda calls: [c["gap"] for c in calls["Diffusion.consistency_loss"][::12]] == [1 / 2],
     "CLASS_DROPOUT": lambda calls: {y for call in trained(calls) for y in asked(call)} == {2},  # none is told
     "SAVE_EVERY": lambda calls: ("latest.pth", 2) in saves(calls),
     "SAVE_MINUTES": lambda calls: 45 < calls["Trainer.run"][0]["minutes"] <= 50,
@@ -423,7 +428,7 @@ def calls(tmp_path_factory) -> dict[str, Calls]:
         watch(UNet, "compile", lambda self: None)
         for owner, names in {
             UNet: "__init__ forward",
-            Diffusion: "__init__ loss",
+            Diffusion: "__init__ loss consistency_loss",
             EMA: "__init__",
             torch.optim.Adam: "__init__",
             torch.nn.utils: "clip_grad_norm_",
