@@ -13,10 +13,16 @@ from src.utils import cores, errors, flags, settings
 def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, settings.of_script("sample"), BATCH_SIZE=config.SAMPLE_BATCH)
     parser.add_model_flags("samples")
-    parser.add_argument("--interpolate", action="store_true", help="also interpolate from image 0 to image 1")
+    parser.add_argument(
+        "--interpolate",
+        action="store_true",
+        help="also interpolate from image 0 to image 1; without --sampler, all by dpmpp_2m",
+    )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()
+    if args.interpolate and "sampler" not in args.given:
+        args.sampler = "dpmpp_2m"  # deterministic, so that the frames change the least
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")
     return args

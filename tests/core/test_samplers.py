@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src.diffusion import Diffusion
 from src.generation import ImageNoise, slerp
-from src.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
+from src.samplers import SAMPLERS, consistency, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
 
 SCHEDULES = ["linear", "cosine"]
 PREDICTIONS = ["noise", "x0", "v"]
@@ -329,7 +329,7 @@ def test_the_second_order_begins_and_ends_as_the_first_and_differs_in_between(sc
 
 
 def test_samplers_go_by_the_names_that_the_readme_gives_and_each_has_a_default_number_of_steps():
-    functions = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde}
+    functions = {f.__name__: f for f in (ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, consistency)}
     assert {name: sampler.run for name, sampler in SAMPLERS.items()} == functions
     assert all(sampler.steps >= 1 for sampler in SAMPLERS.values())
 

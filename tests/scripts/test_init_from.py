@@ -131,13 +131,13 @@ def test_a_file_without_averaged_weights_is_refused(quick, tmp_path):
         quick("run", "--epochs", 1, "--init_from", tmp_path / "odd.pth")
 
 
-def test_the_bundled_weights_lack_the_attention_on_the_way_down_and_load_as_they_are():
+def test_the_bundled_weights_are_of_the_default_network_and_no_other():
     state = checkpoint.load(BUNDLED, "ema")
     settings, (unet, _) = state["settings"], generation.restore(state)
-    assert settings["encoder_attention"] is False and sum(p.numel() for p in unet.parameters()) == 2_209_729
+    assert settings["encoder_attention"] is True and sum(p.numel() for p in unet.parameters()) == 2_292_801
     fresh, _ = generation.build(settings, torch.device("cpu"))
     fine_tuning.initialise(fresh, settings, BUNDLED)
     assert not differences(fresh.state_dict(), unet.state_dict())
-    whole = {**settings, "encoder_attention": True}
-    with pytest.raises(SettingError, match="ENCODER_ATTENTION is False there and True here"):
-        fine_tuning.initialise(generation.build(whole, torch.device("cpu"))[0], whole, BUNDLED)
+    older = {**settings, "encoder_attention": False}
+    with pytest.raises(SettingError, match="ENCODER_ATTENTION is True there and False here"):
+        fine_tuning.initialise(generation.build(older, torch.device("cpu"))[0], older, BUNDLED)

@@ -58,8 +58,9 @@ def test_what_was_saved_comes_back_to_the_last_bit(path):
 
 def test_settings_that_older_checkpoints_do_not_record_are_filled_in(tmp_path):
     old, new = {"classes": ["a", "b"]}, {"classes": ["a", "b"], "encoder_attention": True, "class_counts": [5, 3]}
+    new["objective"] = "consistency"
     checkpoint.save(tmp_path / "old.pth", {"settings": old})
-    added = {"encoder_attention": False, "class_counts": [1, 1]}  # equal frequencies
+    added = {"encoder_attention": False, "objective": "denoising", "class_counts": [1, 1]}  # equal frequencies
     assert checkpoint.load(tmp_path / "old.pth")["settings"] == old | added
     checkpoint.save(tmp_path / "new.pth", {"settings": new})
     assert checkpoint.load(tmp_path / "new.pth")["settings"] == new

@@ -1,0 +1,117 @@
+"""Make the pictures of README and docs, and the table of scores in the README, anew: python tests/results.py
+
+Scores are kept in weights/scores, one file for each evaluation in SCORES, with its whole protocol. Only those are
+computed that are missing or belong to other weights: `--scores NAME ...` computes the named ones, `--scores` all. With
+Inception on a CPU they take hours.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "weights/scores"
+BEGIN, END = "<!-- scores: written by tests/results.py -->\n", "<!-- end of scores -->\n"
+
+PICTURES = {  # file in docs → flags of sample.py, and the file that it writes
+    "classes.png": ("--class all --num_samples 100 --guidance_scale 1.5", "grid.png"),
+    "interpolation.png": ("--num_samples 1 --interpolate --seed 7", "interpolation.png"),
+    "denoising.gif": ("--num_samples 16 --gif", "denoising.gif"),
+}
+SCORES = {  # file in weights/scores → weights, and flags of eval.py
+    "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000"),
+    "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --reference held_out"),
+    "fashion-mnist-train": ("fashion-mnist.pth", "--num_samples 50000 --reference train"),
+}
+COLUMNS = {  # of the table → score, and digits after the point
+    "FID": ("fid", 2),
+    "KID": ("kid_mean", 4),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "classifier distance": ("classifier_fd", 2),
+    "right class": ("class_accuracy", 3),
+}
+
+
+def sha256(file: str) -> str:
+    return hashlib.sha256((ROOT / "weights" / file).read_bytes()).hexdigest()
+
+
+def run(script: str, weights: str, flags: str, output: str) -> None:
+    """Run sample.py or eval.py with the weights."""
+    command = [sys.executable, str(ROOT / script), "--checkpoint", f"weights/{weights}", *flags.split()]
+    subprocess.run([*command, "--output_dir", output], cwd=ROOT, check=True)
+
+
+def draw() -> None:
+    """Make all pictures."""
+    for name, (flags, product) in PICTURES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            run("sample.py", "fashion-mnist.pth", flags, scratch)
+            shutil.copyfile(Path(scratch, product), ROOT / "docs" / name)
+
+
+def score(names: list[str]) -> None:
+    """Run the named evaluations, those that are not up to date if there are no names."""
+    known = {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in SCORES if there(name)}
+    for name in names or [name for name in SCORES if name not in known or not is_current(name, known[name])]:
+        weights, flags = SCORES[name]
+        with tempfile.TemporaryDirectory() as scratch:
+            run("eval.py", weights, flags, scratch)
+            shutil.copyfile(Path(scratch, "metrics.json"), FOLDER / f"{name}.json")
+            if name == "fashion-mnist":
+                shutil.copyfile(Path(scratch, "neighbours.png"), ROOT / "docs/neighbours.png")
+
+
+def there(name: str) -> bool:
+    """Whether an evaluation has been run."""
+    return (FOLDER / f"{name}.json").is_file()
+
+
+def is_current(name: str, metrics: dict[str, Any]) -> bool:
+    """Whether an evaluation is of the weights in the repository."""
+    return bool(metrics["protocol"]["checkpoint"]["sha256"] == sha256(SCORES[name][0]))
+
+
+def table() -> str:
+    """The table of all evaluations that have been run."""
+    head = ["`eval.py --checkpoint weights/` and", "sampler, steps", *COLUMNS, "device"]
+    rows = [head, ["---"] * len(head)]
+    for name, (weights, flags) in SCORES.items():
+        if not there(name):
+            continue
+        metrics = json.loads((FOLDER / f"{name}.json").read_text())
+        scores, protocol = metrics["scores"], metrics["protocol"]
+        how = f"{protocol['generated']['sampler']}, {protocol['generated']['steps']}"
+        numbers = [f"{scores[key]:.{digits}f}" for key, digits in COLUMNS.values()]
+        rows.append([f"`{weights} {flags}`", how, *numbers, protocol["device"]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """The README with the table in its place."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", action="store_true", help="make the pictures")
+    parser.add_argument("--scores", nargs="*", choices=SCORES, help="run evaluations")
+    args = parser.parse_args()
+    if args.pictures:
+        draw()
+    if args.scores is not None:
+        score(args.scores)
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
