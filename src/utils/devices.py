@@ -1,7 +1,7 @@
 """Devices: choice of the device and the precision, exactness of float32, and other differences between device types.
 
-Device types have torch's names: cpu, cuda (NVIDIA, AMD), mps (Apple), xpu (Intel). The CPU and an NVIDIA H200 have been
-tested.
+Device types have torch's names: cpu, cuda (NVIDIA, AMD), mps (Apple), xpu (Intel). Only the CPU and one
+NVIDIA H200 have been tried.
 """
 
 import logging
