@@ -165,8 +165,10 @@ class Run:
             )
         if (precision := saved.get("precision", self.precision)) != self.precision:
             log.warning("from here on, the network computes in %s, not in %s as before", self.precision, precision)
-        if args.lr_decay and before["epochs"] != args.epochs:
-            log.warning("from here on, the learning rate is that of a training of %d epochs", args.epochs)
+        if before["epochs"] != args.epochs:
+            for what, depends in ("learning rate", args.lr_decay), ("gap", args.objective == "consistency"):
+                if depends:
+                    log.warning("from here on, the %s is that of a training of %d epochs", what, args.epochs)
 
     def _gone(self, saved: Mapping[str, Any]) -> int:
         """How many of the files that a checkpoint was trained on have gone; 0 if others have come, or if unknown."""

@@ -1,0 +1,95 @@
+"""Consistency training by the scripts: from a trained model to one that is sampled in two steps."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import arguments, differences
+
+import eval as evaluate
+import sample
+from src.diffusion import Diffusion
+from src.generation import Generator
+from src.scores import evaluation
+from src.training import Learner
+from src.utils import checkpoint, errors
+
+
+@pytest.fixture
+def fast(quick, tmp_path):
+    """The folder of checkpoints of a consistency training that started from an ordinary one."""
+    assert quick("slow", "--epochs", 1) == 0
+    flags = ["--objective", "consistency", "--init_from", tmp_path / "slow/checkpoint/weights.pth"]
+    assert quick("fast", "--epochs", 2, *flags) == 0
+    return tmp_path / "fast/checkpoint"
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[tuple[str, int]]:
+    """Sampler and steps of every Generator."""
+    made, init = [], Generator.__init__
+
+    def spy(self: Generator, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        made.append((self.sampler, self.steps))
+
+    monkeypatch.setattr(Generator, "__init__", spy)
+    return made
+
+
+def test_a_model_is_sampled_as_it_was_trained_by_all_scripts(used, fast, tmp_path, caplog):
+    dpmpp, two = ("dpmpp_2m_sde", 3), ("consistency", 3)  # --steps 3 is among the flags of `quick`
+    assert used == [dpmpp, two, two]  # the grids of both trainings, the ordinary one with one epoch
+
+    used.clear()
+    for flags in [], ["--steps", 4], ["--sampler", "ddim"], ["--interpolate"]:
+        how = ["--checkpoint", fast / "weights.pth", "--output_dir", tmp_path / "images", "--num_samples", 2, *flags]
+        assert sample.main(arguments(sample, *how)) == 0
+    assert used == [("consistency", 2), ("consistency", 4), ("ddim", 50), ("consistency", 2)]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING" and "not trained for" in r.message] == [
+        "the model was not trained for --sampler ddim: expect bad images"
+    ]
+
+    args = arguments(evaluate, "--checkpoint", fast / "best.pth")
+    ways = {"steps": 0, "eta": 0.0, "precision": "float32", "classes": [], "guidance_scale": 1.0}
+    used.clear()
+    for given in args.given, ["sampler"]:
+        evaluation.load_model(args.checkpoint, "cpu", given=given, sampler=args.sampler, **ways)
+    assert [sampler for sampler, _ in used] == ["consistency", args.sampler]
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_path, monkeypatch, caplog):
+    flags = ["--objective", "consistency", "--init_from", tmp_path / "slow/checkpoint/weights.pth"]
+    step = Learner.step
+
+    def stopped(self: Learner, *batch: object) -> tuple:
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stopped)
+        assert quick("stopped", "--epochs", 2, *flags) == 143
+    torch.manual_seed(99)
+    assert quick("stopped", "--epochs", 2, *flags) == 0
+    assert not differences(saved("stopped", "final.pth"), saved("fast", "final.pth"))
+    assert not any("gap" in record.message for record in caplog.records)
+    quick("stopped", "--epochs", 3, *flags)
+    assert "from here on, the gap is that of a training of 3 epochs" in caplog.text
+
+
+def test_the_objective_cannot_change(fast, quick):
+    assert checkpoint.load(fast / "weights.pth")["settings"]["objective"] == "consistency"
+    with pytest.raises(errors.SettingError, match="OBJECTIVE was 'consistency' and is now 'denoising'"):
+        quick("fast", "--epochs", 3)
+
+
+def test_the_gap_closes_while_it_trains(quick, tmp_path, monkeypatch):
+    """Eight steps, six stages; validation always has the last gap."""
+    gaps, loss = [], Diffusion.consistency_loss
+    monkeypatch.setattr(Diffusion, "consistency_loss", lambda *a, gap: gaps.append(gap) or loss(*a, gap=gap))
+    quick("fast", "--epochs", 2, "--objective", "consistency")
+    training = [1 / 2, 1 / 2, 1 / 4, 1 / 8], [1 / 16, 1 / 16, 1 / 32, 1 / 64]
+    validation = [1 / 64] * 2
+    assert gaps == [*training[0], *validation, *training[1], *validation]
