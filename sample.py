@@ -16,12 +16,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--interpolate",
         action="store_true",
-        help="also interpolate from image 0 to image 1; without --sampler, all by dpmpp_2m",
+        help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by a stochastic default",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()
-    if args.interpolate and "sampler" not in args.given:
+    if args.interpolate and "sampler" not in args.given and settings.SAMPLERS[args.sampler]["stochastic"]:
         args.sampler = "dpmpp_2m"  # deterministic, so that the frames change the least
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")

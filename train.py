@@ -50,7 +50,7 @@ from src.utils.signals import Interrupted, StopSignals
 
 log = logging.getLogger("train")
 
-PLOT_SECONDS = 60  # at least, between two plots of the losses, but where samples are drawn, too
+PLOT_SECONDS = 60  # least time between two plots of the losses; with new samples there is always one
 
 
 class Trainer:
@@ -124,6 +124,8 @@ class Trainer:
         samples = self.sample_grid(signals) if self.draws(epoch) else None
 
         improved = learner.finish_epoch(val_loss)
+        if args.objective == "consistency":  # whose validation loss does not follow the quality of the images
+            improved = True
         # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
         monitor.show_validation(learner.steps, val_loss, samples)
         if improved:
@@ -234,6 +236,8 @@ def train(args: argparse.Namespace, world: World) -> int:
     trainer, directory = Trainer(args, world), Path(args.checkpoint_path)
     resume = bool(checkpoint.of_run(directory)) and not args.fresh
     world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
+    if args.objective == "consistency" and not (args.init_from or resume):
+        log.warning("consistency training from random weights takes long: give a trained model as --init_from")
     if args.init_from and not resume:  # before the old run is deleted, which may hold these weights
         trainer.checkpoints.start_from(Path(args.init_from))
     with lock.hold(directory) if world.is_main else nullcontext():  # not before: the file stays

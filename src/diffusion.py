@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HUBER_C = 0.002  # of the pseudo-Huber loss in consistency training
+HUBER_C = 0.002  # c of the pseudo-Huber loss in consistency training, beside a root mean square of v
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
@@ -180,29 +180,31 @@ class Diffusion:
         return (self.weight(t) * error).mean()
 
     def consistency_loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor, gap: float) -> Tensor:
-        """The loss of consistency training (Song et al. 2023, Algorithm 3), a scalar, for prediction v.
+        """The loss of consistency training, a scalar, for prediction v (Song et al. 2023, Algorithm 3).
 
         The estimate of x_0 from x_t learns to equal that from the less noisy x_r, which has the same noise eps. From
-        x_{-1}, the clean image, the estimate is x_0 itself, since v has the factor √(1 - α̅) = 0 there.
+        x_{-1}, the clean image, the estimate is x_0 itself, since v has the factor √(1 - α̅) = 0 there. As in Song &
+        Dhariwal 2024, x_r is given to the network itself, not to an average of its weights.
 
-        The error is that of v, which is that of x_0 over √(1 - α̅_t), as Geng et al. 2024 weight it. Its norm is taken
-        for each image, not its square: the pseudo-Huber loss of Song & Dhariwal 2024, with a c near 0. The square
-        hardly learns (docs/recipe.md).
+        The error is that of v, which is that of x_0 over √(1 - α̅_t). Its norm is taken for each image, not its square:
+        their pseudo-Huber loss (eq. 8) with a c so small that it matters near 0 only. With the square, images are bad
+        (docs/recipe.md).
         """
-        r, x_t = self.less_noisy(t, gap), self.q_sample(x0, t, eps)  # (B,), (B, C, H, W)
+        r = self.less_noisy(t, gap)  # (B,)
+        x_t, x_r = self.q_sample(x0, t, eps), self.q_sample(x0, r, eps)  # (B, C, H, W)
         generators = [] if self.device.type == "cpu" else [self.device]
         with torch.no_grad(), torch.random.fork_rng(generators, device_type=self.device.type):  # same dropout masks
-            x_r = self.q_sample(x0, r, eps)  # (B, C, H, W)
             x0 = self.predict_x0(x_r, r, network(x_r, send(r.clamp(min=0), self.device)))
-        target = self.target(x0, t, self.predict_eps(x_t, t, x0))  # as in `loss`, but of the estimated x_0
-        error = (network(x_t, send(t, self.device)) - target).square().mean(dim=(1, 2, 3), keepdim=True)  # (B,1,1,1)
-        return (self.weight(t) * ((error + HUBER_C**2).sqrt() - HUBER_C)).mean()
+        _, noise = self.signal_and_noise(t)
+        error = (self.predict_x0(x_t, t, network(x_t, send(t, self.device))) - x0) / noise  # (B, C, H, W)
+        square = self.weight(t) * error.square().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        return ((square + HUBER_C**2).sqrt() - HUBER_C).mean()
 
     def less_noisy(self, t: Tensor, gap: float) -> Tensor:
         """r < t for consistency training, (B,), -1 for the clean image: σ_r = σ_t (1 - gap n(σ_t)), σ = √(1/α̅ - 1).
 
-        n(σ) = 1 + 8 sigmoid(-σ) makes the relative distance five times as large where there is little noise (Geng et
-        al. 2024, §4). r is rounded down.
+        n(σ) = 1 + 8 sigmoid(-σ) makes the relative distance five times as large where there is little noise, as in the
+        code of Geng et al. 2024. r is rounded down.
         """
         sigma = (1 / self.alpha_bar - 1).sqrt()  # (T,), increasing
         n = 1 + 8 * torch.sigmoid(-sigma[t])  # (B,)

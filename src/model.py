@@ -21,7 +21,10 @@ NORM_GROUPS = 8  # groups of every GroupNorm; every width must be a multiple of 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
     """Context in which convolutions and matrix products run in `precision`; weights and gradients stay float32."""
-    return torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext()
+    if precision == torch.float32:
+        return nullcontext()
+    # The cache would, before torch 2.10, keep casts made under no_grad, as in consistency training: no gradients.
+    return torch.autocast(device.type, precision, cache_enabled=False)
 
 
 class TimeEmbedding(nn.Module):

@@ -178,7 +178,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
 def consistency_gap(step: int, steps: int) -> float:
     """The `gap` of `Diffusion.less_noisy` at step number `step` of `steps`, counting from 1.
 
-    It starts at 1/2, where r is the clean image for most t, and is halved STAGES - 1 times at equal intervals.
+    It starts at 1/2, where x_r is the clean image if σ_t < 1.9, and is halved STAGES - 1 times, at equal intervals.
     """
     return 2.0 ** -(1 + STAGES * (step - 1) // steps)
 

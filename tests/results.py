@@ -1,8 +1,8 @@
-"""Make the pictures of README and docs, and the table of scores in the README, anew: python tests/results.py
+"""Write the table of scores in the README anew from the files in weights/scores: python tests/results.py
 
-Scores are kept in weights/scores, one file for each evaluation in SCORES, with its whole protocol. Only those are
-computed that are missing or belong to other weights: `--scores NAME ...` computes the named ones, `--scores` all. With
-Inception on a CPU they take hours.
+`--pictures` makes the pictures of README and docs, first. `--scores` runs the evaluations of SCORES that are missing,
+or whose file is of other weights or another way of sampling; `--scores NAME ...` runs those named. Each file holds the
+scores and their whole protocol. With Inception on a CPU they take hours.
 """
 
 import argparse
@@ -25,9 +25,9 @@ PICTURES = {  # file in docs → flags of sample.py, and the file that it writes
     "denoising.gif": ("--num_samples 16 --gif", "denoising.gif"),
 }
 SCORES = {  # file in weights/scores → weights, and flags of eval.py
-    "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000"),
-    "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --reference held_out"),
-    "fashion-mnist-train": ("fashion-mnist.pth", "--num_samples 50000 --reference train"),
+    "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500"),
+    "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --reference held_out"),
+    "fashion-mnist-train": ("fashion-mnist.pth", "--num_samples 50000 --batch_size 500 --reference train"),
 }
 COLUMNS = {  # of the table → score, and digits after the point
     "FID": ("fid", 2),
@@ -75,8 +75,20 @@ def there(name: str) -> bool:
 
 
 def is_current(name: str, metrics: dict[str, Any]) -> bool:
-    """Whether an evaluation is of the weights in the repository."""
-    return bool(metrics["protocol"]["checkpoint"]["sha256"] == sha256(SCORES[name][0]))
+    """Whether an evaluation is of the weights in the repository, and by the flags in SCORES."""
+    weights, flags = SCORES[name]
+    protocol, words = metrics["protocol"], flags.split()
+    given = dict(zip(words[::2], words[1::2], strict=True))  # --flag → value
+    made = protocol["generated"]
+    found = {
+        "--num_samples": str(made["images"]),
+        "--batch_size": str(made["batch_size"]),
+        "--reference": protocol["reference"]["split"],
+        "--sampler": made["sampler"],
+        "--steps": str(made["steps"]),
+    }
+    default = {"--reference": "test", **{name: found[name] for name in ("--sampler", "--steps")}}
+    return protocol["checkpoint"]["sha256"] == sha256(weights) and found == default | given
 
 
 def table() -> str:
@@ -90,6 +102,7 @@ def table() -> str:
         scores, protocol = metrics["scores"], metrics["protocol"]
         how = f"{protocol['generated']['sampler']}, {protocol['generated']['steps']}"
         numbers = [f"{scores[key]:.{digits}f}" for key, digits in COLUMNS.values()]
+        flags = flags.replace(" --batch_size 500", "")  # of no consequence but for rounding
         rows.append([f"`{weights} {flags}`", how, *numbers, protocol["device"]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

@@ -155,7 +155,8 @@ def load_model(
     Args:
         file: path of the checkpoint.
         device: of the network and of the images.
-        given: names of flags; without "sampler", a model that was trained for a certain sampler has that one.
+        given: names of the flags on the command line; if "sampler" is not among them, a model of consistency training
+            is sampled by `consistency`.
         sampler, steps, eta, guidance_scale: as for `Generator`.
         precision: "float32", "bfloat16" or "auto".
         classes: as --class: names or numbers of the classes to generate in turn, or "all" or "none" alone; empty for

@@ -152,12 +152,17 @@ def pick_sampler(sampler: str, given: Collection[str], settings: Mapping[str, An
         sampler: the value of the flag.
         given: names of the flags that were on the command line.
         settings: with "objective".
+
+    Raises:
+        SettingError: --eta was given, but is not for that sampler.
     """
     consistent = settings["objective"] == "consistency"
     if consistent and "sampler" not in given:
+        if "eta" in given:
+            raise SettingError("--eta is for --sampler ddim; the model was trained for consistency")
         return "consistency"
     if consistent != (sampler == "consistency"):
-        log.warning("the model was not trained for --sampler %s: expect bad images", sampler)
+        log.warning("expect bad images: the sampler is %s, and OBJECTIVE %s", sampler, settings["objective"])
     return sampler
 
 

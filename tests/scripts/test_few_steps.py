@@ -13,7 +13,7 @@ from src.diffusion import Diffusion
 from src.generation import Generator
 from src.scores import evaluation
 from src.training import Learner
-from src.utils import checkpoint, errors
+from src.utils import checkpoint, errors, flags
 
 
 @pytest.fixture
@@ -43,13 +43,16 @@ def test_a_model_is_sampled_as_it_was_trained_by_all_scripts(used, fast, tmp_pat
     assert used == [dpmpp, two, two]  # the grids of both trainings, the ordinary one with one epoch
 
     used.clear()
-    for flags in [], ["--steps", 4], ["--sampler", "ddim"], ["--interpolate"]:
-        how = ["--checkpoint", fast / "weights.pth", "--output_dir", tmp_path / "images", "--num_samples", 2, *flags]
+    for asked in [], ["--steps", 4], ["--sampler", "ddim"], ["--interpolate"]:
+        how = ["--checkpoint", fast / "weights.pth", "--output_dir", tmp_path / "images", "--num_samples", 2, *asked]
         assert sample.main(arguments(sample, *how)) == 0
     assert used == [("consistency", 2), ("consistency", 4), ("ddim", 50), ("consistency", 2)]
-    assert [r.message for r in caplog.records if r.levelname == "WARNING" and "not trained for" in r.message] == [
-        "the model was not trained for --sampler ddim: expect bad images"
+    assert [r.message for r in caplog.records if r.levelname == "WARNING" and "expect" in r.message] == [
+        "expect bad images: the sampler is ddim, and OBJECTIVE consistency"
     ]
+
+    with pytest.raises(errors.SettingError, match="--eta is for --sampler ddim"):
+        flags.pick_sampler("ddim", ["eta"], {"objective": "consistency"})
 
     args = arguments(evaluate, "--checkpoint", fast / "best.pth")
     ways = {"steps": 0, "eta": 0.0, "precision": "float32", "classes": [], "guidance_scale": 1.0}
@@ -79,7 +82,10 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_
     assert "from here on, the gap is that of a training of 3 epochs" in caplog.text
 
 
-def test_the_objective_cannot_change(fast, quick):
+def test_best_is_the_last_and_the_objective_cannot_change(fast, quick, caplog):
+    """The validation loss of consistency training is that of no network that has just begun."""
+    assert checkpoint.load(fast / "best.pth")["epoch"] == 2
+    assert not any("random weights" in record.message for record in caplog.records)
     assert checkpoint.load(fast / "weights.pth")["settings"]["objective"] == "consistency"
     with pytest.raises(errors.SettingError, match="OBJECTIVE was 'consistency' and is now 'denoising'"):
         quick("fast", "--epochs", 3)

@@ -328,6 +328,14 @@ def test_two_frames_are_the_ends_and_batches_do_not_matter(draw):
     assert np.abs(frames(draw("ends", *flags, "--interp_steps", 2)) - whole[[0, -1]]).max() <= 1
 
 
+def test_an_interpolation_is_by_a_deterministic_sampler_unless_one_is_named(monkeypatch):
+    assert arguments(sample, "--interpolate").sampler == "dpmpp_2m"
+    assert arguments(sample, "--interpolate", "--sampler", "ddpm").sampler == "ddpm"
+    assert arguments(sample).sampler == config.SAMPLER
+    monkeypatch.setattr(config, "SAMPLER", "ddim")
+    assert arguments(sample, "--interpolate", "--eta", 0.5).sampler == "ddim"
+
+
 # ---- animation ---------------------------------------------------------------------------------------------
 
 
@@ -519,9 +527,3 @@ def test_one_image_is_not_one_images(draw, caplog):
     draw("one", "--num_samples", 1, "--steps", 1)
     assert "1 image, dpmpp_2m_sde, 1 step" in caplog.text and "grid.png, 1 image to" in caplog.text
     assert "1 images" not in caplog.text and "1 steps" not in caplog.text
-
-
-def test_an_interpolation_is_by_a_deterministic_sampler_unless_one_is_named():
-    assert arguments(sample, "--interpolate").sampler == "dpmpp_2m"
-    assert arguments(sample, "--interpolate", "--sampler", "ddpm").sampler == "ddpm"
-    assert arguments(sample).sampler == config.SAMPLER
