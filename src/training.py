@@ -13,7 +13,7 @@ from src.diffusion import Diffusion, Network, draw_times, send
 from src.ema import EMA
 from src.model import UNet, autocast
 
-STAGES = 6  # of consistency training; see `consistency_gap`
+STAGES = 8  # of consistency training; see `consistency_gap`
 
 
 class Diverged(Exception):

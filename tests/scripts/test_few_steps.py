@@ -92,10 +92,10 @@ def test_best_is_the_last_and_the_objective_cannot_change(fast, quick, caplog):
 
 
 def test_the_gap_closes_while_it_trains(quick, tmp_path, monkeypatch):
-    """Eight steps, six stages; validation always has the last gap."""
+    """Eight steps, eight stages; validation always has the last gap."""
     gaps, loss = [], Diffusion.consistency_loss
     monkeypatch.setattr(Diffusion, "consistency_loss", lambda *a, gap: gaps.append(gap) or loss(*a, gap=gap))
     quick("fast", "--epochs", 2, "--objective", "consistency")
-    training = [1 / 2, 1 / 2, 1 / 4, 1 / 8], [1 / 16, 1 / 16, 1 / 32, 1 / 64]
-    validation = [1 / 64] * 2
+    training = [1 / 2, 1 / 4, 1 / 8, 1 / 16], [1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    validation = [1 / 256] * 2
     assert gaps == [*training[0], *validation, *training[1], *validation]
