@@ -123,9 +123,8 @@ class Trainer:
         val_loss = self.validate(signals)
         samples = self.sample_grid(signals) if self.draws(epoch) else None
 
-        improved = learner.finish_epoch(val_loss)
-        if args.objective == "consistency":  # whose validation loss does not follow the quality of the images
-            improved = True
+        # In consistency training that loss does not follow the quality of the images: the last state counts as best.
+        improved = learner.finish_epoch(val_loss) or args.objective == "consistency"
         # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
         monitor.show_validation(learner.steps, val_loss, samples)
         if improved:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HUBER_C = 0.002  # c of the pseudo-Huber loss in consistency training, beside a root mean square of v
+HUBER_C = 0.002  # c of the pseudo-Huber loss √(mean square of the error of v + c²) - c
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
@@ -187,7 +187,7 @@ class Diffusion:
         Dhariwal 2024, x_r is given to the network itself, not to an average of its weights.
 
         The error is that of v, which is that of x_0 over √(1 - α̅_t). Its norm is taken for each image, not its square:
-        their pseudo-Huber loss (eq. 8) with a c so small that it matters near 0 only. With the square, images are bad
+        their pseudo-Huber loss (§3.3) with a c so small that it matters near 0 only. With the square, images are bad
         (docs/recipe.md).
         """
         r = self.less_noisy(t, gap)  # (B,)

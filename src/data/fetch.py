@@ -25,13 +25,13 @@ from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
 
+from src.data.folder import SUFFIXES
 from src.utils.errors import SettingError, UserError
 from src.utils.progress import on_terminal, progress
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 10  # seconds without an answer after which a host counts as unreachable
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}  # suffixes of images of the user's own
 DEBIAN = Path("/usr/share/datasets")  # Debian's packages install their .gz files in DEBIAN / name
 
 
@@ -86,7 +86,7 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
     for folder in (root, DEBIAN / source.name):
         files |= _read(source, folder, [name for name in source.md5 if name not in files], foreign, packed=True)
     if missing := [name for name in source.md5 if name not in files]:
-        if image := next((path for path in islice(root.rglob("*"), 1000) if path.suffix.lower() in IMAGES), None):
+        if image := next((path for path in islice(root.rglob("*"), 1000) if path.suffix.lower() in SUFFIXES), None):
             raise SettingError(
                 f"DATA_PATH {root} has images, such as {image.name}, but not the files of {source.name}: add "
                 "--dataset folder to train on them, or name another folder"

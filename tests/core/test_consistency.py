@@ -172,7 +172,7 @@ def test_training_from_a_perturbed_start_approaches_the_exact_function():
 
 
 def test_in_bfloat16_too_every_weight_has_a_gradient():
-    """Before torch 2.10, casts of the weights were kept from the pass without gradients, and had none."""
+    """Older torch would keep the casts of the weights from the pass without gradients, if autocast cached them."""
     ours = learner()
     nn.init.normal_(ours.model.conv_out.weight)  # it starts at 0, and would give the others no gradient
     diffusion, t = ours.diffusion, torch.tensor([10, 20, 30, 49])

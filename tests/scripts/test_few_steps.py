@@ -83,7 +83,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_
 
 
 def test_best_is_the_last_and_the_objective_cannot_change(fast, quick, caplog):
-    """The validation loss of consistency training is that of no network that has just begun."""
+    """`best.pth` holds the last state, whatever the validation loss."""
     assert checkpoint.load(fast / "best.pth")["epoch"] == 2
     assert not any("random weights" in record.message for record in caplog.records)
     assert checkpoint.load(fast / "weights.pth")["settings"]["objective"] == "consistency"
