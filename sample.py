@@ -19,12 +19,30 @@ def parse_args() -> argparse.Namespace:
         help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by a stochastic default",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
+    parser.add_argument("--start_from", type=flags.path, metavar="IMAGE", help="image file to change, see --strength")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="float",
+        help="how much of IMAGE is made anew, as a fraction of the way from noise to image: 0 = nothing, 1 = all of "
+        "it (default: 0.7; 1 with --inpaint)",
+    )
+    parser.add_argument(
+        "--inpaint",
+        type=flags.path,
+        metavar="MASK",
+        help="image file that is white where IMAGE is to be made anew; the rest is kept",
+    )
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()
     if args.interpolate and "sampler" not in args.given and settings.SAMPLERS[args.sampler]["stochastic"]:
         args.sampler = "dpmpp_2m"  # deterministic, so that the frames change the least
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")
+    if args.strength is None:
+        args.strength = 0.7 if args.start_from and not args.inpaint else 1.0
+    if not 0 <= args.strength <= 1:
+        parser.error(f"--strength is {args.strength}, but must be from 0 to 1")
     return args
 
 
@@ -34,11 +52,13 @@ if __name__ == "__main__":
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
+from src.data import datasets
 from src.generation import Generator, restore, to_uint8
 from src.utils import checkpoint, devices, directories, pictures
 from src.utils.distributed import World
@@ -58,17 +78,17 @@ def write_samples(
     """
     count = args.num_samples + (-args.num_samples % len(names) if names else 0)
     of = f" of {', '.join(names)}" if names else ""
-    how = f"{counted(count, 'image')}{of}, {args.sampler}, {counted(generator.steps, 'step')}"
+    how = f"{counted(count, 'image')}{of}, {args.sampler}, {counted(len(generator.grid), 'step')}"
     log.info("%s on %s: %s", args.checkpoint, devices.describe_device(generator.device, generator.precision), how)
     gallery = pictures.Gallery(directory, names, generator.classes, (world.rank, world.size))
     animated = min(count, args.batch_size, pictures.GRID_IMAGES, gallery.most)
     frames: list[torch.Tensor] = []  # x_t of the first batch, as grids
     step = itertools.count(1)
-    with progress_in_steps(log, generator.steps, total=count, unit=" images", desc="sampling") as advance:
+    with progress_in_steps(log, len(generator.grid), total=count, unit=" images", desc="sampling") as advance:
 
         def on_step(x_t: torch.Tensor) -> None:
             advance(len(x_t) * world.size)
-            if args.gif and not gallery.count and next(step) % -(-generator.steps // GIF_FRAMES) == 0:
+            if args.gif and not gallery.count and next(step) % -(-len(generator.grid) // GIF_FRAMES) == 0:
                 frames.append(pictures.image_grid(to_uint8(world.gather(x_t)[:animated])))
 
         for images in world.divide(partial(generator.images, args.seed, on_step=on_step), count, args.batch_size):
@@ -80,13 +100,24 @@ def write_samples(
             pictures.save_gif(frames, directory / "denoising.gif")
         if args.interpolate:
             size, bar = (args.interp_steps, args.batch_size), {"unit": " frames", "desc": "interpolating"}
-            with progress_in_steps(log, generator.steps, total=args.interp_steps, **bar) as advance:
+            with progress_in_steps(log, len(generator.grid), total=args.interp_steps, **bar) as advance:
                 strip = generator.interpolate(args.seed, *size, lambda x_t: advance(len(x_t)))
             pictures.save_png(pictures.image_grid(strip, columns=len(strip)), directory / "interpolation.png")
         extras = ", interpolation.png" * args.interpolate + ", denoising.gif" * args.gif
         log.info("wrote grid.png, %s%s to %s", counted(count, "image"), extras, directory)
         if world.size == 1 and (left := gallery.left_over()):  # with several, others may still be writing
             log.warning("in the same place: %s of an earlier run", counted(left, "image"))
+
+
+def read_start(args: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`image`, `strength` and `mask` of a Generator, from the files of --start_from and --inpaint."""
+    read = partial(datasets.read_image, name=settings["dataset"], image_size=settings["image_size"])
+    start: dict[str, Any] = {"strength": args.strength}
+    if args.start_from:
+        start["image"] = datasets.normalise(read(args.start_from, channels=settings["channels"]))
+    if args.inpaint:
+        start["mask"] = read(args.inpaint, channels=1) > 127
+    return start
 
 
 def sample(args: argparse.Namespace, world: World) -> int:
@@ -98,9 +129,10 @@ def sample(args: argparse.Namespace, world: World) -> int:
     names = [state["settings"]["classes"][label] for label in classes]
     args.sampler = flags.pick_sampler(args.sampler, args.given, state["settings"])
     precision = devices.pick_precision(args.precision, world.device)
+    start = read_start(args, state["settings"])
     with errors.setting_errors():
         how = args.sampler, args.steps, args.eta, precision, classes, counts, args.guidance_scale
-        generator = Generator(unet, diffusion, *how)
+        generator = Generator(unet, diffusion, *how, **start)
     with directories.output_directories({"output_dir": args.output_dir}) as (directory,):
         write_samples(generator, args, directory, world, names)
     return 0

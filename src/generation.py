@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.diffusion import Diffusion, Network
 from src.model import UNet, autocast
-from src.samplers import SAMPLERS, Draw
+from src.samplers import SAMPLERS, Draw, time_grid
 
 
 def build(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> tuple[UNet, Diffusion]:
@@ -67,6 +67,27 @@ def draw_classes(counts: Sequence[float], seed: int, indices: Sequence[int]) -> 
     return torch.from_numpy(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
 
 
+class Inpainting(Diffusion):
+    """A diffusion process of which some pixels of x_0 are known: their estimate is replaced with their value.
+
+    Every sampler then draws the known pixels of x_s from q(x_s | x_t, x_0), and the network fits the others to them
+    (the replacement method: Song et al. 2021, SDE, appendix I.2; Song et al. 2023, Algorithm 4).
+
+    Args:
+        diffusion: the model's process.
+        image: the known x_0, (C,H,W) in [-1, 1], on the device of the process.
+        mask: which pixels are unknown, (1,H,W) bool, on the same device.
+    """
+
+    def __init__(self, diffusion: Diffusion, image: Tensor, mask: Tensor) -> None:
+        vars(self).update(vars(diffusion))  # shares the schedule
+        self.image, self.mask = image, mask
+
+    def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x_0, which is the image itself outside of the mask; (B,C,H,W)."""
+        return torch.where(self.mask, super().denoise(network, x_t, t), self.image)
+
+
 class Generator:
     """A network with a sampler, for generating images.
 
@@ -80,6 +101,10 @@ class Generator:
         class_counts: relative frequencies p(y) of the classes. Without `classes`, each image is sampled from p(x) by
             drawing its class y from p(y), then x from p(x | y). Empty: such images have no class.
         guidance_scale: of classifier-free guidance; 1 = conditional prediction only, 0 = unconditional.
+        image: an image to start from, (C,H,W) in [-1, 1]; None for generation from noise alone.
+        strength: how much of the way from noise to image is gone, of `steps` as well, from 0 to 1. It begins at the
+            noised `image` (SDEdit, Meng et al. 2022): 0 returns the image, 1 ignores it.
+        mask: the pixels of `image` to generate, (1,H,W) bool; the others are kept. None for all.
     """
 
     def __init__(
@@ -93,6 +118,9 @@ class Generator:
         classes: Sequence[int] = (),
         class_counts: Sequence[float] = (),
         guidance_scale: float = 1.0,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
     ) -> None:
         self.unet, self.diffusion, self.precision = unet, diffusion, precision
         self.sampler, self.guidance_scale = sampler, guidance_scale
@@ -105,6 +133,10 @@ class Generator:
             raise ValueError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
         if guidance_scale != 1 and unet.label is None:
             raise ValueError("--guidance_scale is for models that were trained with classes")
+        self.grid = time_grid(diffusion, self.steps, strength)
+        self.image = None if image is None else image.to(self.device)
+        if self.image is not None and mask is not None:
+            self.diffusion = Inpainting(diffusion, self.image, mask.to(self.device))
 
     def images(self, seed: int, indices: Sequence[int], on_step: Callable[[Tensor], None] | None = None) -> Tensor:
         """Generate one batch, the images `indices` of a seed, uint8 (B,C,H,W) on the CPU.
@@ -146,10 +178,19 @@ class Generator:
     def _sample(
         self, x_T: Tensor, draw: Draw, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        for x_t in SAMPLERS[self.sampler].run(self.network(y), self.diffusion, x_T, draw, self.steps, **self.options):
+        x_t = self._start(x_T)
+        network, sampler = self.network(y), SAMPLERS[self.sampler]
+        for x_t in sampler.run(network, self.diffusion, x_t, draw, self.grid, **self.options):  # noqa: B020
             if on_step is not None:
                 on_step(x_t)
         return to_uint8(x_t).cpu()
+
+    def _start(self, x_T: Tensor) -> Tensor:
+        """x_t at the first timestep of the grid: the noise x_T itself, or the image with this noise."""
+        t = self.grid[0][0] if self.grid else -1
+        if self.image is None or t == self.diffusion.time_steps - 1:
+            return x_T
+        return self.diffusion.q_sample(self.image, torch.tensor([t]), x_T)  # the image itself for t = -1
 
     def network(self, y: Tensor | None = None) -> Network:
         """The U-Net as a function of x_t and t, with classifier-free guidance towards the classes y (B,)."""

@@ -1,11 +1,12 @@
 """Samplers: reverse processes from noise x_T to an image x_0, each a generator that yields x_t after every step.
 
-A sampler takes the network, the diffusion, the initial noise x_T (B,C,H,W), a function `draw()` that returns fresh
-noise of that shape (unused if the sampler is deterministic), and the number of steps, each of which evaluates the
-network once. The last tensor that it yields is the image, in [-1, 1].
+A sampler takes the network, the diffusion, the initial x_T (B,C,H,W), a function `draw()` that returns fresh noise of
+that shape (unused if the sampler is deterministic), and the grid of its steps: pairs (t, s) as `time_grid` returns
+them. Each step evaluates the network once, at t, and goes to s. The last tensor that it yields is the image, in
+[-1, 1].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,24 +16,31 @@ from torch import Tensor
 from src.diffusion import Diffusion, Network
 
 Draw = Callable[[], Tensor]  # () → fresh N(0, I) noise shaped like x_T
+Grid = Sequence[tuple[int, int]]  # (t, s) of each step
 
 
-def time_grid(diffusion: Diffusion, steps: int) -> list[tuple[int, int]]:
-    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in t."""
+def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0) -> Grid:
+    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in t.
+
+    With a `strength` below 1, only the last part of the way: about steps · strength steps (at least one) from
+    t = T · strength - 1, both rounded. None if that is the clean image.
+    """
     if not 1 <= steps <= diffusion.time_steps:
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
-    times = torch.linspace(diffusion.time_steps - 1, -1, steps + 1, dtype=torch.float64).round().int().tolist()
+    start = round(diffusion.time_steps * strength) - 1
+    count = min(max(1, round(steps * strength)), start + 1)
+    times = torch.linspace(start, -1, count + 1, dtype=torch.float64).round().int().tolist()
     return list(pairwise(times))
 
 
 @torch.inference_mode()
-def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, grid: Grid) -> Iterator[Tensor]:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the posterior's variance, σ_t² = β̃_t, and clipped x_0.
 
     With fewer steps than T, each step samples q(x_s | x_t, x_0) for the next timestep s of the coarser grid.
     """
     x_t = x_T
-    for t, s in _time_pairs(diffusion, steps):
+    for t, s in _timesteps(grid):
         x0 = diffusion.denoise(network, x_t, t)
         x_t = diffusion.posterior_mean(x0, x_t, t, s)
         if s[0] >= 0:  # the last step has variance 0
@@ -42,11 +50,11 @@ def ddpm(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps:
 
 @torch.inference_mode()
 def ddim(
-    network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int, eta: float = 0.0
+    network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, grid: Grid, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """DDIM (Song et al. 2021, eqs. 12 and 16): deterministic for eta = 0, equal to `ddpm` for eta = 1."""
     x_t = x_T
-    for t, s in _time_pairs(diffusion, steps):
+    for t, s in _timesteps(grid):
         x0 = diffusion.denoise(network, x_t, t)
         eps = diffusion.predict_eps(x_t, t, x0)  # recomputed, because x0 was clipped
         signal, _ = diffusion.signal_and_noise(s)
@@ -58,10 +66,10 @@ def ddim(
 
 
 @torch.inference_mode()
-def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, grid: Grid) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM with x_0 extrapolated to the middle of each step."""
     x_t, previous = x_T, None
-    for t, s in _time_pairs(diffusion, steps):
+    for t, s in _timesteps(grid):
         x0 = diffusion.denoise(network, x_t, t)
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
         signal, noise = diffusion.signal_and_noise(s)
@@ -73,10 +81,10 @@ def dpmpp_2m(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, st
 
 
 @torch.inference_mode()
-def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, grid: Grid) -> Iterator[Tensor]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022): `ddpm` with x_0 extrapolated to the middle of each step."""
     x_t, previous = x_T, None
-    for t, s in _time_pairs(diffusion, steps):
+    for t, s in _timesteps(grid):
         x0 = diffusion.denoise(network, x_t, t)
         h = diffusion.half_log_snr(s) - diffusion.half_log_snr(t)
         D = _extrapolate(diffusion, x0, h, previous)
@@ -88,13 +96,13 @@ def dpmpp_2m_sde(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw
 
 
 @torch.inference_mode()
-def consistency(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, steps: int) -> Iterator[Tensor]:
+def consistency(network: Network, diffusion: Diffusion, x_T: Tensor, draw: Draw, grid: Grid) -> Iterator[Tensor]:
     """Consistency sampling (Song et al. 2023, Algorithm 1) for a network trained by OBJECTIVE consistency.
 
     Each step estimates x_0 and adds fresh noise of the next level.
     """
     x_t = x_T
-    for t, s in _time_pairs(diffusion, steps):
+    for t, s in _timesteps(grid):
         x_t = diffusion.denoise(network, x_t, t)
         if s[0] >= 0:
             x_t = diffusion.q_sample(x_t, s, draw())
@@ -113,9 +121,9 @@ def _extrapolate(diffusion: Diffusion, x0: Tensor, h: Tensor, previous: tuple[Te
     return x0 + diffusion.per_image(h / (2 * h_previous)) * (x0 - x0_previous)
 
 
-def _time_pairs(diffusion: Diffusion, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs of `time_grid` as (1,) tensors: one timestep for the batch, so that it is embedded once."""
-    for t, s in time_grid(diffusion, steps):
+def _timesteps(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of a grid as (1,) tensors: one timestep for the batch, so that it is embedded once."""
+    for t, s in grid:
         yield torch.tensor([t]), torch.tensor([s])
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from src.data import fetch, folder, formats
 from src.data.formats import Split
-from src.data.images import ImageFiles, Images, digest, in_threads
+from src.data.images import ImageFiles, Images, decode, digest, in_threads
 from src.utils import cache
 from src.utils.errors import SettingError
 from src.utils.progress import counted, progress
@@ -152,6 +153,22 @@ def padding(name: str, image_size: int) -> int:
         multiple_of_16 = 16 * (side // 16 + 1)
         raise SettingError(f"IMAGE_SIZE is {image_size}: use {side} or a larger even number, such as {multiple_of_16}")
     return frame
+
+
+def read_image(path: str | Path, name: str, image_size: int, channels: int) -> Tensor:
+    """Read an image file in the form that a model of data set `name` was trained on, (C, H, W) uint8.
+
+    An image of image_size × image_size keeps its pixels. Another is cropped to the central square, resized to the
+    size of the data set's own images, and padded as they are: so one of 28×28 keeps its pixels, too.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    image, frame = decode(path, image_size, channels), padding(name, image_size)
+    with Image.open(path) as file:
+        if file.size == (image_size, image_size) or not frame:
+            return image
+    return torch.nn.functional.pad(decode(path, image_size - 2 * frame, channels), (frame, frame, frame, frame))
 
 
 def classes(name: str, root: str | Path) -> tuple[str, ...]:

@@ -181,6 +181,8 @@ REQUIRES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "--guidance_scale guides towards a class: it does not go with --class none",
     ),
     "INTERP_STEPS": ("INTERPOLATE", bool, "--interp_steps goes with --interpolate"),
+    "STRENGTH": ("START_FROM", bool, "--strength goes with --start_from"),
+    "INPAINT": ("START_FROM", bool, "--inpaint goes with --start_from"),
     "RESIZE": ("CLASSIFIER_ONLY", operator.not_, "--resize is for Inception, not for --classifier_only"),
     "CROP_FRAME": ("CLASSIFIER_ONLY", operator.not_, "--crop_frame is for Inception, not for --classifier_only"),
     "OVERWRITE": ("FRESH", bool, "--overwrite goes with --fresh"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from src.diffusion import HUBER_C, Diffusion
 from src.model import autocast
-from src.samplers import consistency
+from src.samplers import consistency, time_grid
 from src.training import STAGES, consistency_gap, loss_of
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -64,7 +64,8 @@ def test_the_mean_of_the_data_is_no_consistency_function(steps):
 def test_every_step_but_the_last_adds_fresh_noise():
     diffusion, drawn = Diffusion(100, "cosine", prediction="v"), []
     draw = lambda: drawn.append(noise(2, 1, 4, 4, seed=len(drawn))) or drawn[-1]  # noqa: E731
-    states = list(consistency(as_v(diffusion, exact), diffusion, noise(2, 1, 4, 4, seed=9), draw, 4))
+    grid = time_grid(diffusion, 4)
+    states = list(consistency(as_v(diffusion, exact), diffusion, noise(2, 1, 4, 4, seed=9), draw, grid))
     assert (len(states), len(drawn)) == (4, 3)
     assert states[-1].abs().max() <= 1
 

@@ -82,7 +82,8 @@ def law(sampler, diffusion: Diffusion, steps: int, model=None, scale: float = 1.
     inputs = iter(torch.eye(steps + 2)[1:])
     draw = lambda: scale * next(inputs).view(1, 1, 1, -1)  # noqa: E731
     x_T = next(inputs).view(1, 1, 1, -1)
-    answer = last(sampler(model or best_predictor(diffusion), diffusion, x_T, draw, steps)).double().flatten()
+    grid = time_grid(diffusion, steps)
+    answer = last(sampler(model or best_predictor(diffusion), diffusion, x_T, draw, grid)).double().flatten()
     return answer[0].item(), (answer - answer[0]).norm().item()
 
 
@@ -164,7 +165,7 @@ def test_doubled_steps_quarter_the_error_of_the_second_order_only(schedule, pred
     diffusion, x_T = Diffusion(1000, schedule, prediction=prediction), torch.linspace(-2, 2, 5).view(1, 1, 1, 5)
     exact, errors = exact_flow(diffusion, x_T, 199), []
     for n in (steps, 2 * steps):
-        states = sampler(best_predictor(diffusion), diffusion, x_T, never, n)
+        states = sampler(best_predictor(diffusion), diffusion, x_T, never, time_grid(diffusion, n))
         (x_t,) = (x for (_, s), x in zip(time_grid(diffusion, n), states, strict=True) if s == 199)
         errors.append((x_t - exact).norm().item())
     coarse, fine = errors
@@ -196,7 +197,7 @@ def test_samples_have_the_exact_law(schedule, variant, steps):
     sampler, eta = VARIANTS[variant]
     mean, deviation = exact_law(diffusion, steps, eta)
     x_T, draw = noise(4, 1, 64, 64), stream(4, 1, 64, 64)
-    x = last(sampler(best_predictor(diffusion), diffusion, x_T, draw, steps)).double()
+    x = last(sampler(best_predictor(diffusion), diffusion, x_T, draw, time_grid(diffusion, steps))).double()
     assert abs(x.mean().item() - mean) < 4.5 * deviation / math.sqrt(n)
     assert abs(x.std().item() - deviation) < 4.5 * deviation / math.sqrt(2 * n)
 
@@ -216,8 +217,8 @@ def test_ddim_with_eta_1_is_ddpm(schedule, time_steps, steps):
     are at most 1. About eight roundings make the difference.
     """
     diffusion, x_T = Diffusion(time_steps, schedule), noise(2, 1, 8, 8)
-    ancestral = ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), steps)
-    implicit = ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), steps, eta=1.0)
+    ancestral = ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), time_grid(diffusion, steps))
+    implicit = ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), time_grid(diffusion, steps), eta=1.0)
     for ours, theirs in zip(ancestral, implicit, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=8 * 5 * torch.finfo(torch.float32).eps)
         with torch.inference_mode():
@@ -227,9 +228,9 @@ def test_ddim_with_eta_1_is_ddpm(schedule, time_steps, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ddim_with_another_eta_is_not_ddpm(schedule):
     diffusion, x_T = Diffusion(1000, schedule), noise(2, 1, 8, 8)
-    ancestral = last(ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), 50))
+    ancestral = last(ddpm(wild, diffusion, x_T, stream(2, 1, 8, 8), time_grid(diffusion, 50)))
     for eta in (0.0, 0.5, 0.9):
-        implicit = last(ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), 50, eta=eta))
+        implicit = last(ddim(wild, diffusion, x_T, stream(2, 1, 8, 8), time_grid(diffusion, 50), eta=eta))
         assert (ancestral - implicit).abs().max() > 0.1
 
 
@@ -239,7 +240,7 @@ def test_ddim_with_eta_1_is_finite_on_every_grid(schedule):
     grids = [(time_steps, steps) for time_steps in range(1, 19) for steps in range(1, time_steps + 1)]
     for time_steps, steps in grids + [(1000, steps) for steps in range(1, 13)]:
         diffusion = Diffusion(time_steps, schedule)
-        x = last(ddim(wild, diffusion, noise(1, 1, 2, 2), stream(1, 1, 2, 2), steps, eta=1.0))
+        x = last(ddim(wild, diffusion, noise(1, 1, 2, 2), stream(1, 1, 2, 2), time_grid(diffusion, steps), eta=1.0))
         assert x.isfinite().all(), f"NaN with {steps} of {time_steps} timesteps"
 
 
@@ -248,7 +249,7 @@ def test_ddim_with_eta_1_is_finite_on_every_grid(schedule):
 @pytest.mark.parametrize(("time_steps", "steps"), [(1000, 50), (1000, 10), (40, 40)])
 def test_ddpm_equals_diffusers(schedule, prediction, time_steps, steps):
     diffusion, x_t = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8)
-    ours = ddpm(wild, diffusion, x_t, stream(2, 1, 8, 8), steps)
+    ours = ddpm(wild, diffusion, x_t, stream(2, 1, 8, 8), time_grid(diffusion, steps))
     theirs = DDPMScheduler(
         num_train_timesteps=time_steps,
         trained_betas=diffusion.betas.numpy(),
@@ -269,7 +270,7 @@ def test_ddpm_equals_diffusers(schedule, prediction, time_steps, steps):
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_equals_diffusers(schedule, prediction, time_steps, steps, eta):
     diffusion, x_t, clipped = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8), []
-    ours = ddim(wild, diffusion, x_t, stream(2, 1, 8, 8), steps, eta=eta)
+    ours = ddim(wild, diffusion, x_t, stream(2, 1, 8, 8), time_grid(diffusion, steps), eta=eta)
     theirs = DDIMScheduler(
         num_train_timesteps=time_steps,
         trained_betas=diffusion.betas.numpy(),
@@ -295,7 +296,7 @@ def test_ddim_equals_diffusers(schedule, prediction, time_steps, steps, eta):
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # their own
 def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps, sampler, algorithm):
     diffusion, x_t, clipped = Diffusion(time_steps, schedule, prediction=prediction), noise(2, 1, 8, 8), []
-    ours, draw = sampler(wild, diffusion, x_t, stream(2, 1, 8, 8), steps), stream(2, 1, 8, 8)
+    ours, draw = sampler(wild, diffusion, x_t, stream(2, 1, 8, 8), time_grid(diffusion, steps)), stream(2, 1, 8, 8)
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=time_steps,
         trained_betas=diffusion.betas.numpy(),
@@ -321,7 +322,8 @@ def test_dpmpp_2m_equals_diffusers(schedule, prediction, time_steps, steps, samp
 def test_the_second_order_begins_and_ends_as_the_first_and_differs_in_between(schedule, second, first):
     diffusion, x_T = Diffusion(1000, schedule), noise(2, 1, 8, 8)
     for steps, equal in (1, [True]), (2, [True, True]), (5, [True, False, False, False, False]):
-        states = (sampler(wild, diffusion, x_T, stream(2, 1, 8, 8), steps) for sampler in (second, first))
+        grid = time_grid(diffusion, steps)
+        states = (sampler(wild, diffusion, x_T, stream(2, 1, 8, 8), grid) for sampler in (second, first))
         assert [torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*states, strict=True)] == equal
 
 
@@ -337,9 +339,9 @@ def test_samplers_go_by_the_names_that_the_readme_gives_and_each_has_a_default_n
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_every_sampler_yields_each_step_and_ends_on_an_image(name, steps):
-    x_T = noise(2, 1, 4, 4)
+    diffusion, x_T = Diffusion(20, "cosine"), noise(2, 1, 4, 4)
     before = x_T.clone()
-    states = list(SAMPLERS[name].run(wild, Diffusion(20, "cosine"), x_T, stream(2, 1, 4, 4), steps))
+    states = list(SAMPLERS[name].run(wild, diffusion, x_T, stream(2, 1, 4, 4), time_grid(diffusion, steps)))
     assert len(states) == steps
     assert all(x.shape == x_T.shape and x.dtype == torch.float32 for x in states)
     assert states[-1].abs().max() <= 1
@@ -350,13 +352,15 @@ def test_every_sampler_yields_each_step_and_ends_on_an_image(name, steps):
 def test_every_sampler_evaluates_the_model_once_a_step_at_the_grids_times(name):
     diffusion, times = Diffusion(100, "linear"), []
     model = lambda x_t, t: times.append(t) or wild(x_t, t)  # noqa: E731
-    last(SAMPLERS[name].run(model, diffusion, noise(3, 1, 4, 4), stream(3, 1, 4, 4), 9))
-    assert [t.tolist() for t in times] == [[t] for t, _ in time_grid(diffusion, 9)]  # one time for all three images
+    grid = time_grid(diffusion, 9)
+    last(SAMPLERS[name].run(model, diffusion, noise(3, 1, 4, 4), stream(3, 1, 4, 4), grid))
+    assert [t.tolist() for t in times] == [[t] for t, _ in grid]  # one time for all three images
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_image_i_alone_as_among_others(name):
-    sample = partial(SAMPLERS[name].run, wild, Diffusion(50, "cosine"), steps=20)
+    diffusion = Diffusion(50, "cosine")
+    sample = partial(SAMPLERS[name].run, wild, diffusion, grid=time_grid(diffusion, 20))
     together, alone = ImageNoise(3, range(4), (1, 8, 8)), ImageNoise(3, [2], (1, 8, 8))
     batch, image = last(sample(together(), together)), last(sample(alone(), alone))
     torch.testing.assert_close(batch[2:3], image, rtol=0, atol=1e-5)
@@ -367,39 +371,39 @@ def test_every_sampler_gives_image_i_alone_as_among_others(name):
 def test_every_sampler_needs_no_gradients_and_leaves_the_caller_his(name):
     weight = torch.ones(1, requires_grad=True)
     model = lambda x_t, t: weight * wild(x_t, t)  # noqa: E731
-    for x_t in SAMPLERS[name].run(model, Diffusion(5, "linear"), noise(1, 1, 4, 4), stream(1, 1, 4, 4), 5):
+    diffusion = Diffusion(5, "linear")
+    grid = time_grid(diffusion, 5)
+    for x_t in SAMPLERS[name].run(model, diffusion, noise(1, 1, 4, 4), stream(1, 1, 4, 4), grid):
         assert not x_t.requires_grad
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [-1, 0, 21])
-def test_steps_out_of_range_are_refused(name, steps):
-    diffusion = Diffusion(20, "cosine")
+def test_steps_out_of_range_are_refused(steps):
     with pytest.raises(ValueError, match=f"steps is {steps}: choose 1 to 20"):
-        time_grid(diffusion, steps)
-    with pytest.raises(ValueError, match="steps"):
-        last(SAMPLERS[name].run(wild, diffusion, noise(1, 1, 4, 4), never, steps))
+        time_grid(Diffusion(20, "cosine"), steps)
 
 
 def test_dpmpp_2m_draws_no_noise():
-    assert last(dpmpp_2m(wild, Diffusion(100, "cosine"), noise(2, 1, 4, 4), never, 20)).isfinite().all()
+    diffusion = Diffusion(100, "cosine")
+    assert last(dpmpp_2m(wild, diffusion, noise(2, 1, 4, 4), never, time_grid(diffusion, 20))).isfinite().all()
 
 
 def test_ddim_with_eta_0_draws_no_noise():
     diffusion, x_T = Diffusion(100, "cosine"), noise(2, 1, 4, 4)
-    x = last(ddim(wild, diffusion, x_T, never, 20))
-    assert torch.equal(x, last(ddim(wild, diffusion, x_T, never, 20, eta=0.0)))
+    grid = time_grid(diffusion, 20)
+    x = last(ddim(wild, diffusion, x_T, never, grid))
+    assert torch.equal(x, last(ddim(wild, diffusion, x_T, never, grid, eta=0.0)))
     with pytest.raises(AssertionError):  # negative control
-        last(ddim(wild, diffusion, x_T, never, 20, eta=0.1))
+        last(ddim(wild, diffusion, x_T, never, grid, eta=0.1))
 
 
 @pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=0.3), dpmpp_2m_sde])
 def test_noise_is_drawn_after_every_step_but_the_last(sampler):
-    drawn = []
+    diffusion, drawn = Diffusion(100, "cosine"), []
     draw = lambda: drawn.append(1) or torch.zeros(1, 1, 4, 4)  # noqa: E731
-    last(sampler(wild, Diffusion(100, "cosine"), noise(1, 1, 4, 4), draw, 20))
+    last(sampler(wild, diffusion, noise(1, 1, 4, 4), draw, time_grid(diffusion, 20)))
     assert len(drawn) == 19
 
 
@@ -488,8 +492,8 @@ def test_image_noise_neither_reads_nor_moves_the_global_random_state():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampling_does_not_move_the_global_random_state(name):
     before = torch.get_rng_state()
-    draw = ImageNoise(0, range(2), (1, 4, 4))
-    last(SAMPLERS[name].run(wild, Diffusion(20, "cosine"), draw(), draw, 20))
+    diffusion, draw = Diffusion(20, "cosine"), ImageNoise(0, range(2), (1, 4, 4))
+    last(SAMPLERS[name].run(wild, diffusion, draw(), draw, time_grid(diffusion, 20)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
