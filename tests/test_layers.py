@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["train.py", "sample.py", "eval.py"]
+SCRIPTS = ["train.py", "sample.py", "eval.py", "export.py"]
 SOURCES = sorted(path for path in (ROOT / "src").rglob("*.py") if path.name != "__init__.py")
 CORE = ["diffusion", "samplers", "model", "ema", "training", "generation"]
 # What each room may import of src, beside itself.

@@ -191,7 +191,8 @@ def _own(error: ImportError) -> bool:
 def _no_package(error: ImportError) -> str:
     missing = isinstance(error, ModuleNotFoundError)
     what = f"no package {error.name}" if missing else f"a package is broken ({first_line(error)})"
-    return f"{what}: run pip install -r requirements.txt"
+    file = "docs/requirements.txt" if (error.name or "").startswith("onnx") else "requirements.txt"
+    return f"{what}: run pip install -r {file}"
 
 
 def _lacks_memory(error: Exception) -> bool:
