@@ -233,6 +233,7 @@ export function connect() {
     waiting.delete(id);
     error ? reject(new Error(error)) : resolve(result);
   };
+  worker.onerror = ({ message }) => waiting.forEach(({ reject }) => reject(new Error(message ?? "The worker failed.")));
   let id = 0;
   const ask = (request, onStep) =>
     new Promise((resolve, reject) => {
