@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from src.data import fetch, folder, formats
@@ -164,11 +163,7 @@ def read_image(path: str | Path, name: str, image_size: int, channels: int) -> T
     Raises:
         UserError: the file cannot be read.
     """
-    image, frame = decode(path, image_size, channels), padding(name, image_size)
-    with Image.open(path) as file:
-        if file.size == (image_size, image_size) or not frame:
-            return image
-    return torch.nn.functional.pad(decode(path, image_size - 2 * frame, channels), (frame, frame, frame, frame))
+    return decode(path, image_size, channels, padding(name, image_size))
 
 
 def classes(name: str, root: str | Path) -> tuple[str, ...]:
