@@ -19,7 +19,7 @@ from src.data import fetch, folder, formats
 from src.data.formats import Split
 from src.data.images import ImageFiles, Images, decode, digest, in_threads
 from src.utils import cache
-from src.utils.errors import SettingError
+from src.utils.errors import SettingError, UserError
 from src.utils.progress import counted, progress
 from src.utils.settings import FOLDER
 
@@ -161,8 +161,10 @@ def read_image(path: str | Path, name: str, image_size: int, channels: int) -> T
     size of the data set's own images, and padded as they are: so one of 28×28 keeps its pixels, too.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
+    if not Path(path).is_file():
+        raise UserError(f"no image at {path}: give an existing file")
     return decode(path, image_size, channels, padding(name, image_size))
 
 

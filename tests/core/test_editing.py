@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_samplers import MU, PREDICTIONS, SCHEDULES, VARIANTS, S, best_predictor, last, noise, stream, wild
+from test_samplers import MU, PREDICTIONS, SCHEDULES, VARIANTS, S, best_predictor, last, wild
 from torch import Tensor, nn
 
 from src.diffusion import Diffusion
-from src.generation import Generator, ImageNoise, Inpainting, to_uint8
+from src.generation import Generator, ImageNoise, Inpainting
 from src.samplers import SAMPLERS, consistency, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, time_grid
 
 GREYS = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)  # every grey level once
