@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         type=float,
         metavar="float",
         help="how much of IMAGE is generated anew, from 0 (nothing) to 1 (all of it): noise of that level is added "
-        "and then removed, in about strength × steps steps (default: 0.7, or 1 with --inpaint)",
+        "and then removed, in about strength * steps steps (default: 0.7, or 1 with --inpaint)",
     )
     parser.add_argument(
         "--inpaint",

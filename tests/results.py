@@ -26,7 +26,10 @@ PICTURES = {  # file in docs → flags of sample.py, and the file that it writes
     "interpolation.png": ("--num_samples 1 --interpolate --seed 7", "interpolation.png"),
     "denoising.gif": ("--num_samples 16 --gif", "denoising.gif"),
 }
-STRENGTHS = (0.3, 0.5, 0.7, 0.9)  # in docs/editing.png
+# For docs/editing.png: corners of polygons, in pixels of 28×28, and the strengths.
+SHIRT = ((8, 2), (19, 2), (27, 8), (23, 13), (19, 10), (19, 25), (8, 25), (8, 10), (4, 13), (0, 8))
+SIDES = ((0, 0), (7, 0), (7, 27), (0, 27)), ((20, 0), (27, 0), (27, 27), (20, 27))
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 SCORES = {  # file in weights/scores → weights, and flags of eval.py
     "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500"),
     "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --reference held_out"),
@@ -65,27 +68,22 @@ def draw_editing() -> None:
     """Make docs/editing.png: a sketch and what becomes of it by strength; a result, a mask and three inpaintings."""
     with tempfile.TemporaryDirectory() as scratch:
         sketch, mask = Path(scratch, "sketch.png"), Path(scratch, "mask.png")
-        polygons(
-            [((8, 2), (19, 2), (27, 8), (23, 13), (19, 10), (19, 25), (8, 25), (8, 10), (4, 13), (0, 8))], 150
-        ).save(sketch)
-        polygons([((0, 0), (7, 0), (7, 27), (0, 27)), ((20, 0), (27, 0), (27, 27), (20, 27))], 255).save(mask)
+        polygons(SHIRT, grey=150).save(sketch)
+        polygons(*SIDES, grey=255).save(mask)
 
-        def edit(image: Path, flags: str, name: str) -> list[Path]:
-            folder = Path(scratch, name)
-            run("sample.py", "fashion-mnist.pth", f"--start_from {image} --seed 9 {flags}", str(folder))
-            return sorted(folder.glob("sample_*.png"))
+        def edit(image: Path, name: str, flags: str) -> list[Path]:
+            run("sample.py", "fashion-mnist.pth", f"--start_from {image} --seed 9 {flags}", f"{scratch}/{name}")
+            return sorted(Path(scratch, name).glob("sample_*.png"))
 
-        once = "--class t-shirt --num_samples 1 --strength"
-        by_strength = [edit(sketch, f"{once} {strength}", f"{strength}")[0] for strength in STRENGTHS]
-        image = by_strength[2]
-        inpainted = edit(image, f"--inpaint {mask} --class pullover --num_samples 3", "inpainted")
-        enlarged([sketch, *by_strength, image, mask, *inpainted], columns=5).save(
-            ROOT / "docs/editing.png", optimize=True
-        )
+        results = [edit(sketch, f"{s}", f"--strength {s} --class t-shirt --num_samples 1")[0] for s in STRENGTHS]
+        shirt = results[STRENGTHS.index(0.7)]
+        inpainted = edit(shirt, "inpainted", f"--inpaint {mask} --class pullover --num_samples 3")
+        picture = enlarged([sketch, *results, shirt, mask, *inpainted], columns=5)
+        picture.save(ROOT / "docs/editing.png", optimize=True)
 
 
-def polygons(corners: list[tuple[tuple[int, int], ...]], grey: int) -> Image.Image:
-    """A black image of 28×28 with polygons in one grey level."""
+def polygons(*corners: tuple[tuple[int, int], ...], grey: int) -> Image.Image:
+    """Polygons of one grey level on black, 28×28."""
     image = Image.new("L", (28, 28))
     for polygon in corners:
         ImageDraw.Draw(image).polygon(polygon, fill=grey)

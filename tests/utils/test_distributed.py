@@ -106,7 +106,7 @@ def test_two_processes_draw_the_images_of_one(one, tmp_path, edited):
     common += ["--num_samples", 5, "--batch_size", 3, "--steps", 4, "--class", "bag", "1", "--gif"]
     if edited:
         Image.new("L", (28, 28), 100).save(tmp_path / "grey.png")
-        common += ["--start_from", "grey.png", "--strength", 0.5, "--interpolate"]
+        common += ["--start_from", "grey.png", "--strength", 0.5]
     for processes in (1, 2):
         command = torchrun(processes, "sample.py", *common, "--output_dir", tmp_path / str(processes))
         subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=TIMEOUT)
