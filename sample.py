@@ -19,19 +19,24 @@ def parse_args() -> argparse.Namespace:
         help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by a stochastic default",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
-    parser.add_argument("--start_from", type=flags.path, metavar="IMAGE", help="image file to change, see --strength")
+    parser.add_argument(
+        "--start_from",
+        type=flags.path,
+        metavar="IMAGE",
+        help="image file to change (see --strength), as an image without a class unless --class is given",
+    )
     parser.add_argument(
         "--strength",
         type=float,
         metavar="float",
-        help="how much of IMAGE is made anew, as a fraction of the way from noise to image: 0 = nothing, 1 = all of "
-        "it (default: 0.7; 1 with --inpaint)",
+        help="how much of IMAGE is generated anew, from 0 (nothing) to 1 (all of it): noise of that level is added "
+        "and then removed, in about strength * steps steps (default: 0.7, or 1 with --inpaint)",
     )
     parser.add_argument(
         "--inpaint",
         type=flags.path,
         metavar="MASK",
-        help="image file that is white where IMAGE is to be made anew; the rest is kept",
+        help="image file of the same size, white where IMAGE is generated anew; where it is black, IMAGE is kept",
     )
     parser.add_argument("--raw_weights", action="store_true", help="use the last step's weights, not their average")
     args = parser.parse_args()
@@ -39,6 +44,8 @@ def parse_args() -> argparse.Namespace:
         args.sampler = "dpmpp_2m"  # deterministic, so that the frames change the least
     if args.interpolate and (len(args.classes) > 1 or args.classes == ["all"]):
         parser.error("--interpolate takes one --class, or none")
+    if args.start_from and not args.classes and "guidance_scale" in args.given:
+        parser.error("--guidance_scale guides towards a class: with --start_from, it goes with --class")
     if args.strength is None:
         args.strength = 0.7 if args.start_from and not args.inpaint else 1.0
     if not 0 <= args.strength <= 1:
@@ -109,12 +116,12 @@ def write_samples(
             log.warning("in the same place: %s of an earlier run", counted(left, "image"))
 
 
-def read_start(args: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`image`, `strength` and `mask` of a Generator, from the files of --start_from and --inpaint."""
-    read = partial(datasets.read_image, name=settings["dataset"], image_size=settings["image_size"])
+def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What --start_from, --strength and --inpaint are to a Generator of a model with these settings."""
+    read = partial(datasets.read_image, name=model["dataset"], image_size=model["image_size"])
     start: dict[str, Any] = {"strength": args.strength}
     if args.start_from:
-        start["image"] = datasets.normalise(read(args.start_from, channels=settings["channels"]))
+        start["image"] = datasets.normalise(read(args.start_from, channels=model["channels"]))
     if args.inpaint:
         start["mask"] = read(args.inpaint, channels=1) > 127
     return start
@@ -126,6 +133,8 @@ def sample(args: argparse.Namespace, world: World) -> int:
     with checkpoint.explained(path):
         unet, diffusion = restore(state, world.device, weights)
     classes, counts = flags.pick_classes(args.classes, state["settings"])
+    if args.start_from:
+        counts = []  # a class that is drawn would seldom be that of the image
     names = [state["settings"]["classes"][label] for label in classes]
     args.sampler = flags.pick_sampler(args.sampler, args.given, state["settings"])
     precision = devices.pick_precision(args.precision, world.device)

@@ -1,4 +1,4 @@
-"""Generation: checkpoint → network, seed → noise, network and sampler → images; interpolation."""
+"""Generation: checkpoint → network, seed → noise, network and sampler → images; interpolation, editing of an image."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,23 +68,23 @@ def draw_classes(counts: Sequence[float], seed: int, indices: Sequence[int]) -> 
 
 
 class Inpainting(Diffusion):
-    """A diffusion process of which some pixels of x_0 are known: their estimate is replaced with their value.
+    """A diffusion process in which some pixels of x_0 are known: there, the known value replaces the estimate.
 
-    Every sampler then draws the known pixels of x_s from q(x_s | x_t, x_0), and the network fits the others to them
-    (the replacement method: Song et al. 2021, SDE, appendix I.2; Song et al. 2023, Algorithm 4).
+    So the known pixels of x_t follow q(x_t | x_0), and the network, which sees them, fits the others to them. The
+    inpainting of Song et al. 2023 (https://arxiv.org/abs/2303.01469) replaces the estimate in the same way.
 
     Args:
-        diffusion: the model's process.
-        image: the known x_0, (C,H,W) in [-1, 1], on the device of the process.
-        mask: which pixels are unknown, (1,H,W) bool, on the same device.
+        diffusion: the process that the model was trained for.
+        image: x_0, (C,H,W) in [-1, 1], on the device of the process.
+        mask: True where x_0 is unknown, (1,H,W) bool, on the same device.
     """
 
     def __init__(self, diffusion: Diffusion, image: Tensor, mask: Tensor) -> None:
-        vars(self).update(vars(diffusion))  # shares the schedule
+        vars(self).update(vars(diffusion))  # the same process, except for what it knows
         self.image, self.mask = image, mask
 
     def denoise(self, network: Network, x_t: Tensor, t: Tensor) -> Tensor:
-        """The estimate of x_0, which is the image itself outside of the mask; (B,C,H,W)."""
+        """The estimate of x_0 where the mask is True, the known image elsewhere; (B,C,H,W)."""
         return torch.where(self.mask, super().denoise(network, x_t, t), self.image)
 
 
@@ -101,10 +101,11 @@ class Generator:
         class_counts: relative frequencies p(y) of the classes. Without `classes`, each image is sampled from p(x) by
             drawing its class y from p(y), then x from p(x | y). Empty: such images have no class.
         guidance_scale: of classifier-free guidance; 1 = conditional prediction only, 0 = unconditional.
-        image: an image to start from, (C,H,W) in [-1, 1]; None for generation from noise alone.
-        strength: how much of the way from noise to image is gone, of `steps` as well, from 0 to 1. It begins at the
-            noised `image` (SDEdit, Meng et al. 2022): 0 returns the image, 1 ignores it.
-        mask: the pixels of `image` to generate, (1,H,W) bool; the others are kept. None for all.
+        image: to be changed, (C,H,W) in [-1, 1]; None for generation from noise alone.
+        strength: how much of `image` is generated anew, from 0 to 1. Sampling starts from q(x_t | image) with t near
+            strength · T instead of from x_T (SDEdit, Meng et al. 2022), and takes about strength · steps steps. 0
+            returns the image, 1 starts from noise alone.
+        mask: True where `image` is generated, (1,H,W) bool; its other pixels are kept. None for everywhere.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class Generator:
             raise ValueError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
         if guidance_scale != 1 and unet.label is None:
             raise ValueError("--guidance_scale is for models that were trained with classes")
+        if image is None and (strength != 1 or mask is not None):
+            raise ValueError("strength and mask need an image")
         self.grid = time_grid(diffusion, self.steps, strength)
         self.image = None if image is None else image.to(self.device)
         if self.image is not None and mask is not None:
@@ -178,19 +181,19 @@ class Generator:
     def _sample(
         self, x_T: Tensor, draw: Draw, y: Tensor | None, on_step: Callable[[Tensor], None] | None = None
     ) -> Tensor:
-        x_t = self._start(x_T)
-        network, sampler = self.network(y), SAMPLERS[self.sampler]
-        for x_t in sampler.run(network, self.diffusion, x_t, draw, self.grid, **self.options):  # noqa: B020
+        x_t = start = self._start(x_T)  # the result if there are no steps
+        run = SAMPLERS[self.sampler].run
+        for x_t in run(self.network(y), self.diffusion, start, draw, self.grid, **self.options):
             if on_step is not None:
                 on_step(x_t)
         return to_uint8(x_t).cpu()
 
     def _start(self, x_T: Tensor) -> Tensor:
-        """x_t at the first timestep of the grid: the noise x_T itself, or the image with this noise."""
+        """x_t for the first t of the grid: the noise x_T itself, or the image with this noise."""
         t = self.grid[0][0] if self.grid else -1
         if self.image is None or t == self.diffusion.time_steps - 1:
             return x_T
-        return self.diffusion.q_sample(self.image, torch.tensor([t]), x_T)  # the image itself for t = -1
+        return self.diffusion.q_sample(self.image, torch.tensor([t]), x_T)  # (B, C, H, W); the image for t = -1
 
     def network(self, y: Tensor | None = None) -> Network:
         """The U-Net as a function of x_t and t, with classifier-free guidance towards the classes y (B,)."""

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "weights/scores"
 BEGIN, END = "<!-- scores: written by tests/results.py -->\n", "<!-- end of scores -->\n"
@@ -24,6 +26,10 @@ PICTURES = {  # file in docs → flags of sample.py, and the file that it writes
     "interpolation.png": ("--num_samples 1 --interpolate --seed 7", "interpolation.png"),
     "denoising.gif": ("--num_samples 16 --gif", "denoising.gif"),
 }
+# For docs/editing.png: corners of polygons, in pixels of 28×28, and the strengths.
+SHIRT = ((8, 2), (19, 2), (27, 8), (23, 13), (19, 10), (19, 25), (8, 25), (8, 10), (4, 13), (0, 8))
+SIDES = ((0, 0), (7, 0), (7, 27), (0, 27)), ((20, 0), (27, 0), (27, 27), (20, 27))
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 SCORES = {  # file in weights/scores → weights, and flags of eval.py
     "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500"),
     "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --reference held_out"),
@@ -55,6 +61,43 @@ def draw() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             run("sample.py", "fashion-mnist.pth", flags, scratch)
             shutil.copyfile(Path(scratch, product), ROOT / "docs" / name)
+    draw_editing()
+
+
+def draw_editing() -> None:
+    """Make docs/editing.png: a sketch and what becomes of it by strength; a result, a mask and three inpaintings."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sketch, mask = Path(scratch, "sketch.png"), Path(scratch, "mask.png")
+        polygons(SHIRT, grey=150).save(sketch)
+        polygons(*SIDES, grey=255).save(mask)
+
+        def edit(image: Path, name: str, flags: str) -> list[Path]:
+            run("sample.py", "fashion-mnist.pth", f"--start_from {image} --seed 9 {flags}", f"{scratch}/{name}")
+            return sorted(Path(scratch, name).glob("sample_*.png"))
+
+        results = [edit(sketch, f"{s}", f"--strength {s} --class t-shirt --num_samples 1")[0] for s in STRENGTHS]
+        shirt = results[STRENGTHS.index(0.7)]
+        inpainted = edit(shirt, "inpainted", f"--inpaint {mask} --class pullover --num_samples 3")
+        picture = enlarged([sketch, *results, shirt, mask, *inpainted], columns=5)
+        picture.save(ROOT / "docs/editing.png", optimize=True)
+
+
+def polygons(*corners: tuple[tuple[int, int], ...], grey: int) -> Image.Image:
+    """Polygons of one grey level on black, 28×28."""
+    image = Image.new("L", (28, 28))
+    for polygon in corners:
+        ImageDraw.Draw(image).polygon(polygon, fill=grey)
+    return image
+
+
+def enlarged(files: list[Path], columns: int, scale: int = 3) -> Image.Image:
+    """A grid of images of 32×32, or of 28×28 with a frame, each pixel enlarged to scale × scale."""
+    grid = Image.new("L", (34 * columns, 34 * -(-len(files) // columns)))
+    for i, file in enumerate(files):
+        with Image.open(file) as image:
+            margin = (34 - image.width) // 2
+            grid.paste(image, (34 * (i % columns) + margin, 34 * (i // columns) + margin))
+    return grid.resize((scale * grid.width, scale * grid.height), Image.Resampling.NEAREST)
 
 
 def score(names: list[str]) -> None:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from src.data import fetch, folder, formats
 from src.data.formats import Split
 from src.data.images import ImageFiles, Images, decode, digest, in_threads
 from src.utils import cache
-from src.utils.errors import SettingError
+from src.utils.errors import SettingError, UserError
 from src.utils.progress import counted, progress
 from src.utils.settings import FOLDER
 
@@ -162,13 +161,11 @@ def read_image(path: str | Path, name: str, image_size: int, channels: int) -> T
     size of the data set's own images, and padded as they are: so one of 28×28 keeps its pixels, too.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
-    image, frame = decode(path, image_size, channels), padding(name, image_size)
-    with Image.open(path) as file:
-        if file.size == (image_size, image_size) or not frame:
-            return image
-    return torch.nn.functional.pad(decode(path, image_size - 2 * frame, channels), (frame, frame, frame, frame))
+    if not Path(path).is_file():
+        raise UserError(f"no image at {path}: give an existing file")
+    return decode(path, image_size, channels, padding(name, image_size))
 
 
 def classes(name: str, root: str | Path) -> tuple[str, ...]:

@@ -165,22 +165,28 @@ def digest(path: str) -> int:
         raise _unreadable(path, error) from None
 
 
-def decode(path: str | Path, size: int, channels: int) -> Tensor:
+def decode(path: str | Path, size: int, channels: int, frame: int = 0) -> Tensor:
     """Decode an image file to (C, size, size) uint8 in [0, 255], cropped to the central square and resized.
 
     The EXIF orientation is applied. Transparent pixels are blended with white. 16-bit images are reduced to 8 bits.
     An image that has the right size keeps its exact pixels. Damaged metadata are ignored.
+
+    Args:
+        path: of the file.
+        size: height and width of the result.
+        channels: 1 for grayscale, 3 for colour.
+        frame: black pixels on each side of an image that is resized; it is made that much smaller.
 
     Raises:
         UserError: the file cannot be read; the message names it.
     """
     try:
         try:
-            image = _open(path, size, channels)
+            image = _open(path, size, channels, frame)
         except (OSError, SyntaxError, ValueError):
             if not (content := _without_metadata(Path(path).read_bytes())):
                 raise
-            image = _open(io.BytesIO(content), size, channels)
+            image = _open(io.BytesIO(content), size, channels, frame)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise almost anything
@@ -188,7 +194,7 @@ def decode(path: str | Path, size: int, channels: int) -> Tensor:
     return torch.from_numpy(rearrange(np.array(image).reshape(size, size, channels), "h w c -> c h w").copy())
 
 
-def _open(source: str | Path | io.BytesIO, size: int, channels: int) -> Image.Image:
+def _open(source: str | Path | io.BytesIO, size: int, channels: int, frame: int) -> Image.Image:
     with Image.open(source) as file:
         pixels = file.width * file.height
         if pixels > LARGEST:
@@ -201,7 +207,10 @@ def _open(source: str | Path | io.BytesIO, size: int, channels: int) -> Image.Im
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
-            return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            if image.size == (size, size):
+                return image
+            inner = size - 2 * frame
+            return ImageOps.expand(ImageOps.fit(image, (inner, inner), Image.Resampling.LANCZOS), frame)
 
 
 def _upright(file: Image.Image) -> Image.Image:

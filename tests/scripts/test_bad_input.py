@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT, NETWORK, TINIEST, arguments, run_script
+from PIL import Image
 
 import config
 import eval as evaluate
@@ -108,6 +109,13 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --class bag --guidance_scale -1", 2, "GUIDANCE_SCALE is -1.0, but must be from 0"),
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),
     ("train.py --accumulate 3", 2, "BATCH_SIZE must be a multiple of ACCUMULATE (BATCH_SIZE is 10"),
+    ("sample.py --start_from picture.png --strength -0.1", 2, "--strength is -0.1, but must be from 0 to 1"),
+    ("sample.py --start_from picture.png --strength 1.1", 2, "--strength is 1.1, but must be from 0 to 1"),
+    ("sample.py --start_from picture.png --strength nan", 2, "--strength is nan, but must be from 0 to 1"),
+    ("sample.py --start_from picture.png --strength much", 2, "--strength: invalid float value: 'much'"),
+    ("sample.py --start_from picture.png --guidance_scale 2", 2, "with --start_from, it goes with --class"),
+    ("sample.py --strength 0.5", 2, "--strength goes with --start_from"),
+    ("sample.py --inpaint picture.png", 2, "--inpaint goes with --start_from"),
     ("sample.py --interp_steps 5", 2, "--interp_steps goes with --interpolate"),
     ("sample.py --interp_steps 10", 2, "--interp_steps goes with --interpolate"),  # the default's value, but given
     # too much for the data, the machine, or the run that is there
@@ -136,6 +144,12 @@ CASES = [  # command, exit status, parts of the line
     ("eval.py --output_dir file/below", 2, "--output_dir file/below: Not a directory"),
     ("train.py --init_from=", 2, "--init_from: is '', but must be a path"),
     ("eval.py --inception_weights=", 2, "--inception_weights: is '', but must be a path"),
+    ("sample.py --start_from=", 2, "--start_from: is '', but must be a path"),
+    ("sample.py --start_from nowhere.png", 1, "no image at nowhere.png: give an existing file"),
+    ("sample.py --start_from run", 1, "no image at run: give an existing file"),
+    ("sample.py --start_from file", 1, "cannot read the image file (cannot identify image file"),
+    ("sample.py --start_from picture.png --inpaint nowhere.png", 1, "no image at nowhere.png: give an existing file"),
+    ("sample.py --start_from picture.png --inpaint file", 1, "cannot read the image file (cannot identify"),
     ("sample.py --class=", 2, "--class '' is unknown: choose from t-shirt"),
     ("sample.py --checkpoint=", 2, "--checkpoint: is '', but must be a path"),
     ("sample.py --checkpoint nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
@@ -163,6 +177,7 @@ def template(data, tmp_path_factory) -> Path:
     (folder / "pictures").mkdir()
     for name in ("a.png", "b.png", "c.png"):
         (folder / "pictures" / name).write_text("a text\n")
+    Image.new("L", (28, 28)).save(folder / "picture.png")
     (folder / "run").mkdir()
     flags = f"{GOOD['train.py']} --time_steps 40 --data_path {folder / 'data'} --checkpoint_path {folder / 'run'}"
     with torch.random.fork_rng():

@@ -379,6 +379,141 @@ def test_an_animation_of_many_steps_stays_short(draw, random_model, monkeypatch)
     assert 5 <= len(read_gif(folder / "denoising.gif")) <= 20
 
 
+# ---- editing an image --------------------------------------------------------------------------------------
+
+SKETCH = np.add.outer(np.arange(0, 84, 3), np.arange(0, 168, 6)).astype(np.uint8)  # (28, 28), 0 to 243
+FRAMED = np.pad(SKETCH.astype(int), 2)  # as a model for 32 × 32 pixels sees it
+LEFT = np.where(np.arange(28) < 14, 255, 0).astype(np.uint8) + np.zeros((28, 1), np.uint8)  # white there
+
+
+@pytest.fixture
+def sketch(tmp_path) -> Path:
+    Image.fromarray(SKETCH).save(tmp_path / "sketch.png")
+    return tmp_path / "sketch.png"
+
+
+@pytest.fixture
+def mask(tmp_path) -> Path:
+    Image.fromarray(LEFT).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_strength_0_writes_the_image_itself(sampler, draw, sketch, caplog):
+    """No steps: nothing to divide by, neither for the bar nor for the frames of the animation."""
+    caplog.set_level("INFO")
+    flags = [
+        "--num_samples",
+        3,
+        "--batch_size",
+        2,
+        "--sampler",
+        sampler,
+        "--gif",
+        "--interpolate",
+        "--interp_steps",
+        4,
+    ]
+    folder = draw("same", *flags, "--start_from", sketch, "--strength", 0)
+    assert np.array_equal(read_samples(folder), np.stack([FRAMED] * 3))
+    assert np.array_equal(frames(folder), np.stack([FRAMED] * 4))
+    assert len(read_gif(folder / "denoising.gif")) == 1
+    assert f"3 images, {sampler}, 0 steps" in caplog.text
+    changed = read_samples(draw("other", "--num_samples", 3, "--start_from", sketch, "--strength", 0.1))
+    assert not np.array_equal(changed, np.stack([FRAMED] * 3))  # negative control
+
+
+def test_strength_1_ignores_the_image(draw, sketch):
+    flags = ["--num_samples", 2, "--steps", 4]
+    ordinary = read_samples(draw("ordinary", *flags, "--class", "none"))
+    assert np.array_equal(read_samples(draw("from", *flags, "--start_from", sketch, "--strength", 1)), ordinary)
+    assert not np.array_equal(read_samples(draw("near", *flags, "--start_from", sketch, "--strength", 0.9)), ordinary)
+
+
+def test_images_come_nearer_to_the_given_one_as_strength_falls(draw, sketch):
+    flags = ["--num_samples", 4, "--start_from", sketch]
+    strengths = ("0.1", "0.4", "0.7", "1")
+    far = [np.abs(read_samples(draw(s, *flags, "--strength", s)) - FRAMED).mean() for s in strengths]
+    assert far == sorted(far) and far[-1] > 2 * far[0]
+
+
+def test_strength_says_how_much_of_the_image_and_of_the_steps(draw, sketch, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    seen = starts(monkeypatch)
+    draw("half", "--num_samples", 2, "--steps", 10, "--start_from", sketch, "--strength", 0.52)
+    assert "5 steps" in caplog.text
+    noise = generation.ImageNoise(0, range(2), (1, 32, 32))()
+    image = datasets.normalise(torch.from_numpy(FRAMED))
+    expected = Diffusion(50, "cosine").q_sample(image, torch.tensor([25]), noise)  # 26 of 50 timesteps
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+
+
+def test_strength_is_0_7_or_1_with_a_mask_unless_it_is_given():
+    assert arguments(sample, "--start_from", "a.png").strength == 0.7
+    assert arguments(sample, "--start_from", "a.png", "--inpaint", "b.png").strength == 1
+    assert arguments(sample, "--start_from", "a.png", "--inpaint", "b.png", "--strength", 0.4).strength == 0.4
+    assert arguments(sample).strength == 1
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("strength", [[], ["--strength", 0.5]])
+def test_what_is_black_in_the_mask_is_kept(sampler, strength, draw, sketch, mask):
+    flags = ["--num_samples", 3, "--sampler", sampler, "--steps", 6, "--start_from", sketch, *strength]
+    kept = np.pad(LEFT, 2) == 0  # the frame, too
+    images = read_samples(draw("painted", *flags, "--inpaint", mask))
+    assert (images == FRAMED)[:, kept].all()
+    assert (images == FRAMED)[:, ~kept].mean() < 0.5
+    assert len({image.tobytes() for image in images}) == 3
+    assert (read_samples(draw("all", *flags)) != FRAMED)[:, kept].any()  # negative control
+
+
+def test_a_mask_is_white_above_half(draw, sketch, mask, tmp_path):
+    """Its edges may be blurred, and it may be in colour."""
+    grey = np.where(LEFT == 255, 128, 127).astype(np.uint8)
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "grey.png")
+    flags = ["--num_samples", 1, "--steps", 4, "--start_from", sketch]
+    by_grey = read_samples(draw("grey", *flags, "--inpaint", tmp_path / "grey.png"))
+    assert np.array_equal(by_grey, read_samples(draw("white", *flags, "--inpaint", mask)))
+
+
+def test_an_image_has_no_class_unless_one_is_given(draw, sketch, random_model):
+    """A class that is drawn would seldom be that of the image."""
+
+    def images(name: str, *flags: object) -> np.ndarray:
+        flags = ["--num_samples", 4, "--steps", 6, "--start_from", sketch, *flags]
+        return read_samples(draw(name, *flags, checkpoint=random_model.path))
+
+    unasked = images("unasked")
+    assert np.array_equal(unasked, images("none", "--class", "none"))
+    circles = images("circles", "--class", "circle")
+    assert np.abs(unasked - circles).max() > 1
+    assert np.abs(images("guided", "--class", "circle", "--guidance_scale", 3) - circles).max() > 1
+
+
+def test_interpolation_and_animation_start_from_the_image(draw, sketch, mask):
+    flags = ["--num_samples", 2, "--steps", 8, "--sampler", "dpmpp_2m", "--start_from", sketch, "--inpaint", mask]
+    folder = draw("morph", *flags, "--strength", 0.5, "--interpolate", "--interp_steps", 5, "--gif")
+    strip, images = frames(folder), read_samples(folder)
+    assert np.abs(strip[[0, -1]] - images).max() <= 1
+    assert (strip == FRAMED)[:, np.pad(LEFT, 2) == 0].all()
+    assert len({frame.tobytes() for frame in strip}) == 5
+    assert len(read_gif(folder / "denoising.gif")) == 4
+
+
+def test_a_model_trained_for_consistency_edits_in_its_own_steps(draw, sketch, mask, random_model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    state = checkpoint.load(random_model.path)
+    state["settings"] |= {"objective": "consistency", "prediction": "v"}
+    checkpoint.save(tmp_path / "fast.pth", {name: state[name] for name in ("settings", "ema")})
+    for strength, steps in (0.5, "1 step"), (1, "2 steps"), (0, "0 steps"):
+        flags = ["--num_samples", 2, "--start_from", sketch, "--inpaint", mask, "--strength", strength]
+        images = read_samples(draw(f"fast {strength}", *flags, checkpoint=tmp_path / "fast.pth"))
+        assert f"2 images, consistency, {steps}" in caplog.text
+        kept = LEFT == 0
+        assert (images == SKETCH)[:, kept].all()
+        assert ((images == SKETCH)[:, ~kept].all()) == (strength == 0)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 

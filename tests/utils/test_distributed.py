@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, SMALL, differences, read_samples, share_apart, torchrun_variables
+from PIL import Image
 
 from src.utils import checkpoint, distributed
 from src.utils.devices import pick_device
@@ -98,10 +99,14 @@ def test_two_processes_resume_to_the_bit_and_as_one_and_as_two_again(run):
     assert_close(run("mixed", 2, "--epochs", 3), run("one", 1, "--epochs", 3))
 
 
-def test_two_processes_draw_the_images_of_one(one, tmp_path):
+@pytest.mark.parametrize("edited", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["drawn", "edited"])
+def test_two_processes_draw_the_images_of_one(one, tmp_path, edited):
     """Five images in batches of three: shares that do not come out even."""
     common = ["--checkpoint", one / "checkpoints/best.pth", "--device", "cpu", "--precision", "float32"]
     common += ["--num_samples", 5, "--batch_size", 3, "--steps", 4, "--class", "bag", "1", "--gif"]
+    if edited:
+        Image.new("L", (28, 28), 100).save(tmp_path / "grey.png")
+        common += ["--start_from", "grey.png", "--strength", 0.5]
     for processes in (1, 2):
         command = torchrun(processes, "sample.py", *common, "--output_dir", tmp_path / str(processes))
         subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=TIMEOUT)
