@@ -69,7 +69,7 @@ def test_its_imports_and_what_it_uses_of_modules_exist(code):
 
 
 def test_code_cells_are_short(code):
-    assert max(len(cell.source.splitlines()) for cell in code) <= 18
+    assert max(len(cell.source.splitlines()) for cell in code) <= 16
 
 
 def test_outputs_are_kept_and_are_of_one_whole_run(code):
