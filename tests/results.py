@@ -34,6 +34,9 @@ SCORES = {  # file in weights/scores → weights, and flags of eval.py
     "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500"),
     "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --reference held_out"),
     "fashion-mnist-train": ("fashion-mnist.pth", "--num_samples 50000 --batch_size 500 --reference train"),
+    "fashion-mnist-fast-1": ("fashion-mnist-fast.pth", "--num_samples 10000 --batch_size 500 --steps 1"),
+    "fashion-mnist-fast-2": ("fashion-mnist-fast.pth", "--num_samples 10000 --batch_size 500 --steps 2"),
+    "fashion-mnist-fast-4": ("fashion-mnist-fast.pth", "--num_samples 10000 --batch_size 500 --steps 4"),
 }
 COLUMNS = {  # of the table → score, and digits after the point
     "FID": ("fid", 2),

@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import IO, Any
 import pytest
 import torch
 from conftest import ENVIRONMENT, NETWORK, ROOT, SMALL, differences, run_script, scalars
+from tqdm import tqdm
 
 from src.utils import checkpoint, errors
 
@@ -202,6 +204,7 @@ def run_witness(output: int, folder: Path, *flags: object) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     logging.getLogger().handlers.clear()  # those of pytest
+    tqdm.set_lock(threading.RLock())  # a thread of tqdm's, which is not forked, may hold the other one for ever
     with open(1, "w", buffering=1) as sys.stdout, open(2, "w", buffering=1) as sys.stderr, open("stack", "w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
         sys.argv = ["train.py", *map(str, flags)]
@@ -284,8 +287,9 @@ def test_a_training_killed_fifty_times_ends_as_one_that_never_was(data, tmp_path
             if number % 2:  # to answer takes milliseconds, in which a save may end: the others are not asked
                 moments[ask(process, killed / "stack")] += 1
             elif number % 4:  # in the midst of a save, which is short
+                limit = time.monotonic() + 600
                 while not temporaries(killed) - before:
-                    assert process.is_alive(), stdout.read()
+                    assert process.is_alive() and time.monotonic() < limit, stdout.read()
         assert process.exitcode == -signal.SIGKILL
         states = {path.name: checkpoint.load(path) for path in killed.glob("checkpoints/*.pth")}
         steps.append(states.get("latest.pth", {"step": 0})["step"])
