@@ -40,7 +40,6 @@ if __name__ == "__main__":
 
 import json
 import logging
-import os
 import warnings
 from typing import Any
 
@@ -57,9 +56,11 @@ from src.utils import checkpoint, directories
 
 log = logging.getLogger("export")
 
+OPSET = 20  # version of ONNX's operators, which docs/index.html's runtime knows
 COMPARED = 16  # images of the comparison between PyTorch and ONNX Runtime
+LARGE = 1000  # elements of a tensor from which on it is stored in float16
 # The settings that a program needs to sample from the network; the schedule goes along as the numbers α̅_t.
-SETTINGS = ("image_size", "channels", "classes", "class_counts", "time_steps", "prediction", "objective")
+SETTINGS = ("image_size", "channels", "classes", "time_steps", "prediction", "objective")
 
 
 def to_onnx(unet: UNet) -> onnx.ModelProto:
@@ -80,6 +81,7 @@ def to_onnx(unet: UNet) -> onnx.ModelProto:
             input_names=list(inputs),
             output_names=["output"],
             dynamic_shapes={name: dimensions for name, (_, dimensions) in inputs.items()},
+            opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
@@ -91,13 +93,16 @@ def to_onnx(unet: UNet) -> onnx.ModelProto:
 
 
 def halve(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with float16 weights, half as large: each is converted to float32 before it is used."""
+    """A copy with float16 weights, half as large: each is converted to float32 before it is used.
+
+    Small tensors stay exact. The frequencies of the time embedding are among them: times t, their error would grow.
+    """
     half = onnx.ModelProto()
     half.CopyFrom(model)
     casts = []
     for weight in half.graph.initializer:
-        if weight.data_type == onnx.TensorProto.FLOAT:
-            name, values = weight.name, onnx.numpy_helper.to_array(weight)
+        name, values = weight.name, onnx.numpy_helper.to_array(weight)
+        if values.dtype == np.float32 and values.size >= LARGE:
             weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.float16"))
             casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *half.graph.node]
@@ -121,18 +126,18 @@ class OnnxNetwork(torch.nn.Module):
         super().__init__()
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         self.no_class = unet.no_class
+        self.has_classes = unet.label is not None
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         inputs = {"x_t": x_t.numpy(), "t": t.numpy()}
-        names = {value.name for value in self.session.get_inputs()}
-        if "y" in names:
+        if self.has_classes:
             inputs["y"] = (torch.full((len(x_t),), self.no_class) if y is None else y).numpy()
         return torch.from_numpy(self.session.run(None, inputs)[0])  # (B, C, H, W)
 
 
-def largest_difference(model: onnx.ModelProto, unet: UNet, diffusion: Diffusion, how: tuple[Any, ...]) -> int:
+def largest_difference(model: onnx.ModelProto, unet: UNet, diffusion: Diffusion, how: dict[str, Any]) -> int:
     """The largest difference of a pixel between images by PyTorch and by ONNX Runtime, from 0 to 255."""
-    generator = Generator(unet, diffusion, *how)
+    generator = Generator(unet, diffusion, **how)
     ours = generator.images(0, range(COMPARED)).int()
     generator.unet = OnnxNetwork(model, unet)  # type: ignore[assignment]
     return int((generator.images(0, range(COMPARED)).int() - ours).abs().max())
@@ -145,23 +150,21 @@ def main(args: argparse.Namespace) -> int:
     state = checkpoint.load(path, "ema")
     with checkpoint.explained(path):
         unet, diffusion = restore(state)
-    sampler = flags.pick_sampler(config.SAMPLER, (), state["settings"])
-    how = sampler, 0, 0.0, torch.float32, (), state["settings"]["class_counts"]
+    sampler = flags.pick_sampler("dpmpp_2m_sde", (), state["settings"])  # the two that the page has
+    how = {"sampler": sampler, "class_counts": state["settings"]["class_counts"]}
+    if Path(args.output).is_dir():
+        raise errors.SettingError(f"--output {args.output} is a directory: name a file in it")
     with directories.output_directories({"output": str(Path(args.output).parent)}):
         exact = to_onnx(unet)
         for model, weights in (halve(exact), "float16"), (exact, "float32"):
             difference = largest_difference(model, unet, diffusion, how)
-            log.info("%s weights: %d images differ by %d of 255 at most", weights, COMPARED, difference)
+            log.info("%s weights: %d images differ from PyTorch's by %d of 255 at most", weights, COMPARED, difference)
             if difference <= 1:
                 break
         else:
-            raise errors.UserError("the exported network is not the trained one: use other versions of onnx and torch")
-        onnx.helper.set_model_props(model, metadata(state["settings"], Generator(unet, diffusion, *how)))
-        with errors.writing(Path(args.output)):
-            content = model.SerializeToString()
-            temporary = Path(f"{args.output}.tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, args.output)
+            raise errors.UserError(f"an exported pixel differs by {difference}: use other versions of onnx and torch")
+        onnx.helper.set_model_props(model, metadata(state["settings"], Generator(unet, diffusion, **how)))
+        checkpoint.write(Path(args.output), content := model.SerializeToString())
     log.info("wrote %s, %.1f MB, with %s weights", args.output, len(content) / 1e6, weights)
     return 0
 

@@ -1,9 +1,7 @@
-// Simple DDPM in the browser: sampling from a network that export.py wrote, and the page around it (index.html).
-//
-// 1. The diffusion process, as in src/diffusion.py and src/samplers.py, with the same letters.
-// 2. The worker, in which the network runs, so that the page never freezes. It loads this same file.
-// 3. The page.
-//
+// Sampling in the browser from a network that export.py wrote:
+// 1. the diffusion process, as in src/diffusion.py and src/samplers.py, with the same letters;
+// 2. the worker, in which the network runs, so that the page never freezes; it loads this same file;
+// 3. the page.
 // Images are Float32Arrays of all pixels (B × C × H × W) in [-1, 1]. t counts from 0; t = -1 is the clean image.
 
 // ---- 1. The diffusion process ------------------------------------------------------------------------------
@@ -66,6 +64,8 @@ class Diffusion {
 
 /** Samplers: each yields x_t after every step. noise[0] is x_T, noise[1] the fresh noise of the first step ... */
 const SAMPLERS = {
+  __proto__: null,
+
   /** Consistency sampling (Song et al. 2023, Algorithm 1). */
   async *consistency(diffusion, predict, x_t, noise, grid) {
     for (const [i, [t, s]] of grid.entries()) {
@@ -124,16 +124,17 @@ const FILES = {
   },
 };
 
-/** ONNX Runtime Web, on the graphics card or as WebAssembly. */
+/** ONNX Runtime Web, for the graphics card or as WebAssembly. */
 async function loadRuntime(backend) {
   const [script, binary] = await Promise.all(
     Object.entries(FILES[backend]).map(async ([name, integrity]) => {
       const answer = await fetch(RUNTIME + name, { integrity }).catch(() => null);
-      if (!answer?.ok) throw new Error(`ONNX Runtime could not be loaded from ${RUNTIME}: check the connection.`);
+      if (!answer?.ok) throw new Error(`ONNX Runtime was not found at ${RUNTIME}, or is not the expected file.`);
       return answer.arrayBuffer();
     }),
   );
-  const ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+  const address = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+  const ort = await import(address);
   ort.env.wasm.wasmBinary = binary;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   return ort;
@@ -153,35 +154,47 @@ function readMetadata(bytes) {
     }
   }
   const settings = {};
-  for (const [field, start, end] of fields(0, bytes.length)) {
-    if (field !== 14) continue;
-    const texts = [...fields(start, end)].map(([, from, to]) => new TextDecoder().decode(bytes.slice(from, to)));
-    settings[texts[0]] = JSON.parse(texts[1]);
+  try {
+    for (const [field, start, end] of fields(0, bytes.length)) {
+      if (field !== 14) continue;
+      const texts = [...fields(start, end)].map(([, from, to]) => new TextDecoder().decode(bytes.slice(from, to)));
+      settings[texts[0]] = JSON.parse(texts[1]);
+    }
+  } catch {
+    return {}; // another kind of file
   }
   return settings;
 }
 
-async function loadModel({ url, bytes }) {
+const runtimes = {}; // backend → its runtime, once it was needed
+
+async function loadModel({ url, bytes }, previous) {
   if (typeof WebAssembly !== "object") throw new Error("This browser has no WebAssembly, which the page needs.");
   if (!bytes) {
     const answer = await fetch(url);
     if (!answer.ok) throw new Error(`${url} is not there (${answer.status}). Make it with python export.py.`);
     bytes = await answer.arrayBuffer();
   }
-  const failures = [];
+  const damaged = () => new Error(`${url} is no network that export.py wrote, or is damaged.`);
+  const settings = readMetadata(new Uint8Array(bytes));
+  if (!(settings.sampler in SAMPLERS && settings.alpha_bar.length === settings.time_steps)) throw damaged();
+  const trial = { noise: [new Float32Array(settings.channels * settings.image_size ** 2)], labels: [0], steps: 1 };
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  await previous?.session.release();
+  let failure;
   for (const backend of adapter ? ["webgpu", "wasm"] : ["wasm"]) {
-    const ort = await loadRuntime(backend);
     try {
-      const settings = readMetadata(new Uint8Array(bytes));
-      const session = await ort.InferenceSession.create(bytes, { executionProviders: [backend] });
-      if (!settings.alpha_bar) throw new Error("it has no noise schedule");
-      return { ort, session, settings: { ...settings, backend } };
+      const ort = await (runtimes[backend] ??= loadRuntime(backend));
+      const create = ort.InferenceSession.create(bytes, { executionProviders: [backend] });
+      const session = await create.catch(() => Promise.reject(damaged()));
+      const model = { ort, session, settings: { ...settings, backend, threads: ort.env.wasm.numThreads } };
+      await sample(model, { ...trial, guidance: 1 }, () => {}); // a graphics card may fail only now
+      return model;
     } catch (error) {
-      failures.push(error.message);
+      failure = error;
     }
   }
-  throw new Error(`${url} is no network that export.py wrote, or is damaged (${failures.at(-1)}).`);
+  throw failure;
 }
 
 /** Sample images. labels: class of each (none: classes.length); image, strength: SDEdit, as in src/generation.py. */
@@ -202,9 +215,9 @@ async function sample({ ort, session, settings }, { noise, labels, steps, guidan
     return pixels((c, u) => u + guidance * (c - u), conditional, unconditional); // Ho & Salimans 2022, eq. 6
   };
   const diffusion = new Diffusion(settings), grid = timeGrid(diffusion.T, steps, strength);
-  let x_t = image && strength < 1 ? diffusion.qSample(image, grid[0][0], noise[0]) : noise[0];
-  const sampler = SAMPLERS[settings.sampler] ?? SAMPLERS.dpmpp_2m_sde;
-  for await (x_t of sampler(diffusion, predict, x_t, noise, grid)) onStep(x_t);
+  const first = grid[0]?.[0] ?? -1; // with no steps, x_t is the image itself
+  let x_t = image && first < diffusion.T - 1 ? diffusion.qSample(image, first, noise[0]) : noise[0];
+  for await (x_t of SAMPLERS[settings.sampler](diffusion, predict, x_t, noise, grid)) onStep(x_t);
   return x_t;
 }
 
@@ -212,7 +225,7 @@ if (typeof document === "undefined") {
   let model, work = Promise.resolve();
   const handle = async ({ id, request }) => {
     try {
-      if (request.load) model = await loadModel(request.load);
+      if (request.load) model = await loadModel(request.load, model);
       const result = request.load ? model.settings : await sample(model, request, (x) => postMessage({ id, step: x }));
       postMessage({ id, result });
     } catch (error) {
@@ -233,13 +246,14 @@ export function connect() {
     waiting.delete(id);
     error ? reject(new Error(error)) : resolve(result);
   };
-  worker.onerror = ({ message }) => waiting.forEach(({ reject }) => reject(new Error(message ?? "The worker failed.")));
+  const broken = new Promise((_, reject) => {
+    worker.onerror = ({ message }) => reject(new Error(message || "The worker failed: reload the page."));
+  });
   let id = 0;
-  const ask = (request, onStep) =>
-    new Promise((resolve, reject) => {
-      waiting.set(++id, { resolve, reject, onStep });
-      worker.postMessage({ id, request });
-    });
+  const ask = (request, onStep) => {
+    worker.postMessage({ id: ++id, request });
+    return Promise.race([broken, new Promise((resolve, reject) => waiting.set(id, { resolve, reject, onStep }))]);
+  };
   return { load: (source) => ask({ load: source }), sample: ask };
 }
 
@@ -258,139 +272,149 @@ function show(canvas, images, { channels, image_size: side }) {
   }
 }
 
-export async function start(url) {
-  const $ = (id) => document.getElementById(id), { load, sample } = connect();
-  let settings;
-
-  const report = (error) => ($("error").textContent = error.message);
-  /** A task that never runs twice at once: asked for meanwhile, it runs once more at the end. */
-  const single = (task) => {
-    let running = false, again = false;
-    return async () => {
-      if (running) return (again = true);
-      running = true;
-      do {
-        again = false;
-        await task().then(() => ($("error").textContent = ""), report);
-      } while (again);
-      running = false;
-    };
-  };
-  const seed = () => Math.max(0, Math.floor(Number($("seed").value)) || 0);
-  const labelsOf = ({ value }, count) =>
-    Array.from({ length: count }, (_, i) => (value === "all" ? i % settings.classes.length : Number(value)));
-  const how = () => ({ steps: Number($("steps").value), guidance: Number($("guidance").value) });
-  const size = () => settings.channels * settings.image_size ** 2;
-  /** x_T and the fresh noise of every step for some images, each with a random stream of its own. */
-  const noises = (first, count) => {
-    const steps = how().steps, streams = Array.from({ length: count }, (_, i) => gaussian(first + i, size() * steps));
-    const part = (k) => join(streams.map((stream) => stream.subarray(k * size(), (k + 1) * size())));
-    return Array.from({ length: steps }, (_, k) => part(k));
-  };
-
-  const generate = single(async () => {
-    const count = Number($("count").value), labels = labelsOf($("class"), count), noise = noises(1000 * seed(), count);
-    const began = performance.now(), seconds = () => `${((performance.now() - began) / 1000).toFixed(1)} s`;
-    let step = 0;
-    show($("grid"), noise[0], settings);
-    $("progress").textContent = "Noise ...";
-    await sample({ noise, labels, ...how() }, (x_t) => {
-      show($("grid"), x_t, settings);
-      $("progress").textContent = `Step ${++step} of ${how().steps}, ${seconds()}`;
-    });
-    const names = new Set(labels.map((label) => settings.classes[label] ?? "no class"));
-    $("grid").ariaLabel = `${count} generated images: ${[...names].join(", ")}`;
-  });
-  const walk = single(async () => {
-    const [a, b] = [noises(1000 * seed(), 1), noises(1000 * (seed() + 1), 1)], weight = Number($("weight").value);
-    const noise = a.map((_, i) => slerp(a[i], b[i], weight));
-    show($("walked"), await sample({ noise, labels: labelsOf($("class"), 1), ...how() }), settings);
-  });
-  const make = single(async () => {
-    const count = 4, strength = Number($("strength").value), noise = noises(1000 * seed(), count);
-    const image = join(Array(count).fill(readSketch()));
-    show($("drawn"), await sample({ noise, labels: labelsOf($("kind"), count), image, strength, ...how() }), settings);
-    $("drawn").ariaLabel = `4 images from the sketch: ${settings.classes[$("kind").value] ?? "no class"}`;
-  });
-
-  // The sketch: a canvas of the model's own size.
-  const pen = $("sketch").getContext("2d", { willReadFrequently: true }), at = { x: 0, y: 0 };
-  const readSketch = () => {
-    const { data } = pen.getImageData(0, 0, settings.image_size, settings.image_size), area = data.length / 4;
-    return Float32Array.from({ length: size() }, (_, i) => data[4 * (i % area) + Math.floor(i / area)] / 127.5 - 1);
-  };
-  const paint = (x, y) => {
-    pen.fillStyle = `rgb(${Array(3).fill($("brush").value)})`;
-    pen.fillRect(Math.round(x) - 1, Math.round(y) - 1, 3, 3);
-  };
-  const clear = () => {
-    pen.fillStyle = "black";
-    pen.fillRect(0, 0, settings.image_size, settings.image_size);
-  };
+/** A canvas to draw on, with mouse, finger or keyboard; `mark` shows where the keyboard's brush is. */
+function makeSketch(canvas, mark, brush) {
+  const pen = canvas.getContext("2d", { willReadFrequently: true }), at = { x: 0, y: 0 };
+  const fill = (grey, ...rectangle) => ((pen.fillStyle = `rgb(${grey} ${grey} ${grey})`), pen.fillRect(...rectangle));
+  const paint = (x, y) => fill(brush.value, Math.round(x) - 1, Math.round(y) - 1, 3, 3);
+  const clear = () => fill(0, 0, 0, canvas.width, canvas.height);
   const drag = (event) => {
     if (event.buttons !== 1) return;
-    const box = $("sketch").getBoundingClientRect(), scale = settings.image_size / box.width;
+    const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
     const to = { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale };
     const from = event.type === "pointerdown" ? to : { ...at }, points = 1 + Math.hypot(to.x - from.x, to.y - from.y);
     for (let w = 0; w <= 1; w += 1 / points) paint(from.x + w * (to.x - from.x), from.y + w * (to.y - from.y));
     Object.assign(at, to);
   };
-  $("sketch").onpointerdown = (event) => ($("sketch").setPointerCapture(event.pointerId), drag(event));
-  $("sketch").onpointermove = drag;
+  canvas.onpointerdown = (event) => (canvas.setPointerCapture(event.pointerId), drag(event));
+  canvas.onpointermove = drag;
   const KEYS = { " ": [0, 0], ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  $("sketch").onkeydown = (event) => {
-    if (!(event.key in KEYS)) return;
+  canvas.onkeydown = (event) => {
+    if (!(event.key in KEYS) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
-    const [dx, dy] = KEYS[event.key], inside = (x) => Math.min(settings.image_size - 1, Math.max(0, x));
+    const [dx, dy] = KEYS[event.key], inside = (x) => Math.min(canvas.width - 1, Math.max(0, Math.round(x)));
     Object.assign(at, { x: inside(at.x + dx), y: inside(at.y + dy) });
+    mark.style.translate = [at.x, at.y].map((x) => `${(100 * (x - 1)) / 3}%`).join(" "); // it is 3 pixels large
     if (event.key === " " || event.shiftKey) paint(at.x, at.y);
   };
-  $("clear").onclick = clear;
-  $("example").onclick = () => {
-    const shirt = "M8 6 24 6 29 14 26 17 23 13 23 27 9 27 9 13 6 17 3 14"; // on 32×32 pixels
-    clear();
-    pen.fillStyle = "#aaa";
-    pen.setTransform(settings.image_size / 32, 0, 0, settings.image_size / 32, 0, 0);
-    pen.fill(new Path2D(shirt));
-    pen.resetTransform();
-    make();
+  return {
+    clear,
+    resize: (side) => {
+      Object.assign(canvas, { width: side, height: side });
+      Object.assign(mark.style, { width: `${300 / side}%`, height: `${300 / side}%` });
+      Object.assign(at, { x: side / 2, y: side / 2 });
+    },
+    shirt: () => {
+      clear();
+      pen.fillStyle = "#aaa";
+      pen.setTransform(canvas.width / 32, 0, 0, canvas.height / 32, 0, 0);
+      pen.fill(new Path2D("M8 6 24 6 29 14 26 17 23 13 23 27 9 27 9 13 6 17 3 14"));
+      pen.resetTransform();
+    },
+    /** The sketch as an image (C × H × W), grey in every channel. */
+    read: (channels) => {
+      const { data } = pen.getImageData(0, 0, canvas.width, canvas.height), area = data.length / 4;
+      return Float32Array.from({ length: channels * area }, (_, i) => data[4 * (i % area)] / 127.5 - 1);
+    },
+  };
+}
+
+export function start(url) {
+  const $ = (id) => document.getElementById(id), { load, sample } = connect();
+  const sketch = makeSketch($("sketch"), $("mark"), $("brush")), problems = new Map();
+  let settings;
+
+  /** Show what is wrong with a task, or "" if nothing is, beside what is wrong with others. */
+  const report = (task, text) => {
+    problems.set(task, text);
+    $("error").textContent = [...problems.values()].filter(Boolean).join(" ");
+  };
+  /** A task that paints a canvas. It never runs twice at once: asked for meanwhile, it runs once more at the end. */
+  const painting = (canvas, task) => {
+    let again = false;
+    return async () => {
+      again = true;
+      if (canvas.ariaBusy === "true") return;
+      for (canvas.ariaBusy = "true"; again; ) {
+        again = false;
+        await task(canvas).then(() => report(canvas, ""), (error) => report(canvas, error.message));
+      }
+      canvas.ariaBusy = "false";
+    };
+  };
+  const seed = () => Math.max(0, Math.floor(Number($("seed").value)) || 0);
+  const labelsOf = ({ value }, count) =>
+    Array.from({ length: count }, (_, i) => (value === "all" ? i % settings.classes.length : Number(value)));
+  const names = (labels) => [...new Set(labels.map((label) => settings.classes[label] ?? "no class"))].join(", ");
+  const how = () => ({ steps: Number($("steps").value), guidance: Number($("guidance").value) });
+  /** x_T and the fresh noise of every step for some images, each with a random stream of its own. */
+  const noises = (first, count) => {
+    const size = settings.channels * settings.image_size ** 2, { steps } = how();
+    const streams = Array.from({ length: count }, (_, i) => gaussian(first + i, size * steps));
+    return Array.from({ length: steps }, (_, k) => join(streams.map((x) => x.subarray(k * size, (k + 1) * size))));
   };
 
-  // The other controls.
+  const generate = painting($("grid"), async (canvas) => {
+    const count = Number($("count").value), labels = labelsOf($("class"), count), noise = noises(1000 * seed(), count);
+    const began = performance.now(), { steps } = how();
+    let step = 0;
+    show(canvas, noise[0], settings);
+    await sample({ noise, labels, ...how() }, (x_t) => {
+      show(canvas, x_t, settings);
+      $("progress").textContent = `Step ${++step} of ${steps}, ${((performance.now() - began) / 1000).toFixed(1)} s`;
+    });
+    canvas.ariaLabel = `Generated: ${names(labels)}`;
+  });
+  const walk = painting($("walked"), async (canvas) => {
+    const [a, b] = [noises(1000 * seed(), 1), noises(1000 * (seed() + 1), 1)], weight = Number($("weight").value);
+    const noise = a.map((_, i) => slerp(a[i], b[i], weight)), labels = labelsOf($("class"), 1);
+    show(canvas, await sample({ noise, labels, ...how() }), settings);
+    canvas.ariaLabel = `Between two noises: ${names(labels)}`;
+  });
+  const make = painting($("drawn"), async (canvas) => {
+    const labels = labelsOf($("kind"), 4), noise = noises(1000 * seed(), 4), strength = Number($("strength").value);
+    const image = join(Array(4).fill(sketch.read(settings.channels)));
+    show(canvas, await sample({ noise, labels, image, strength, ...how() }), settings);
+    canvas.ariaLabel = `From the sketch: ${names(labels)}`;
+  });
+
   for (const id of ["class", "count", "steps", "guidance", "seed"]) $(id).onchange = () => (generate(), walk());
   $("guidance").oninput = () => ($("scale").textContent = $("guidance").value);
   $("again").onclick = () => (($("seed").value = Math.floor(Math.random() * 1e6)), generate(), walk());
+  $("save").onclick = () => {
+    const image = { href: $("grid").toDataURL("image/png"), download: `simple-ddpm-${seed()}.png` };
+    Object.assign(document.createElement("a"), image).click();
+  };
   $("weight").oninput = walk;
+  $("clear").onclick = sketch.clear;
+  $("example").onclick = () => (sketch.shirt(), make());
   $("strength").oninput = () => ($("amount").textContent = $("strength").value);
   for (const id of ["strength", "kind"]) $(id).onchange = make;
   $("make").onclick = make;
-  $("save").onclick = () => {
-    const link = document.createElement("a");
-    Object.assign(link, { href: $("grid").toDataURL("image/png"), download: `simple-ddpm-${seed()}.png` }).click();
-  };
 
-  const use = async (source) => {
-    $("status").textContent = `Loading ${source.url} ...`;
-    settings = await load(source);
-    const { classes, objective, image_size, backend } = settings;
-    const steps = objective === "consistency" ? [1, 2, 4] : [10, 20, 30, 50];
-    const options = classes.map((name, i) => new Option(name, i));
-    const none = () => new Option("no class", classes.length);
+  const use = async ({ url, file }) => {
+    $("controls").inert = true; // until there is a model
+    $("status").textContent = `Loading ${url} ...`;
+    if (new URL(url, location.href).origin !== location.origin) throw new Error(`${url} is on another server.`);
+    settings = await load({ url, bytes: await file?.arrayBuffer() });
+    const { classes, objective, backend, steps } = settings;
+    const options = classes.map((name, i) => new Option(name, i)), none = () => new Option("no class", classes.length);
     $("class").replaceChildren(...(classes.length ? [new Option("each in turn", "all")] : []), ...options, none());
     $("kind").replaceChildren(...options.map((option) => option.cloneNode(true)), none());
-    $("steps").replaceChildren(...steps.map((n) => new Option(n, n, n === settings.steps, n === settings.steps)));
-    $("sketch").width = $("sketch").height = image_size;
-    Object.assign(at, { x: image_size / 2, y: image_size / 2 });
+    const choices = new Set(objective === "consistency" ? [1, 2, 4, steps] : [10, 20, 30, 50, steps]);
+    $("steps").replaceChildren(...[...choices].map((n) => new Option(n, n, n === steps, n === steps)));
     $("guidance").disabled = !classes.length;
-    $("status").textContent = `${source.url}: ready, on ${backend === "wasm" ? "the processor" : "the graphics card"}.`;
-    await generate();
-    await walk();
-    $("example").onclick();
+    sketch.resize(settings.image_size);
+    $("status").textContent = `${url}: ready, on the ${backend === "wasm" ? "processor" : "graphics card"}.`;
+    $("controls").inert = false;
+    await Promise.all([generate(), walk(), $("example").onclick()]);
   };
-  const open = (source) => use(source).catch((error) => (($("status").textContent = ""), report(error)));
-  $("file").onchange = async () => {
-    const [file] = $("file").files;
-    if (file) await open({ url: file.name, bytes: await file.arrayBuffer() });
+  let opened = Promise.resolve();
+  const fail = (error) => (($("status").textContent = ""), report("model", error.message));
+  const open = (source) => (opened = opened.then(() => use(source)).then(() => report("model", ""), fail));
+  $("file").onchange = () => {
+    for (const file of $("file").files) open({ url: file.name, file });
+    $("file").value = ""; // so that the same file can be chosen again
   };
-  await open({ url });
+  open({ url });
 }

@@ -37,10 +37,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
     if not _finite(state):
         raise UserError(f"{path} was not written: the new weights are not finite. Reduce --learning_rate")
     torch.save({"program": PROGRAM, "format": FORMAT, **state}, content := io.BytesIO())  # in memory
+    write(path, content.getbuffer())
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file as `save` does; raises UserError if that is impossible."""
     temporary = path.with_name(path.name + ".tmp")  # always the same name, so that the next save replaces a leftover
     try:
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
