@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
         "--start_from",
         type=flags.path,
         metavar="IMAGE",
-        help="image file to change (see --strength), as an image without a class unless --class is given",
+        help="image file to change (see --strength); without --class, the result has no class",
     )
     parser.add_argument(
         "--strength",

@@ -22,8 +22,8 @@ Grid = Sequence[tuple[int, int]]  # (t, s) of each step
 def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0) -> Grid:
     """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in t.
 
-    `strength`, from 0 to 1, is the part of the way that is gone: steps · strength steps, at least one, from
-    t = T · strength - 1, both rounded. If that t is -1, the clean image, there are no steps.
+    `strength`, from 0 to 1, is the fraction of this way that is travelled, its end: steps · strength steps, at least
+    one, from t = T · strength - 1, both rounded. If that t is -1, the clean image, there are no steps.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}: choose 0 to 1")

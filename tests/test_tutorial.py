@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.font_manager  # noqa: F401  # fills its cache, about which the notebook would warn
 import nbformat
 import pytest
 from conftest import ROOT

@@ -9,15 +9,16 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent.parent / "docs/tutorial.ipynb"
-CELL_SECONDS = 1800  # the most that one cell may take, on a busy machine, too
+# The most that a cell, the start and an output may take: the machine may be busy.
+SECONDS = {"timeout": 1800, "startup_timeout": 600, "iopub_timeout": 60}
 
 
 def run(path: Path) -> nbformat.NotebookNode:
     """Run a notebook in its folder and return it with the new outputs. Raises CellExecutionError if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
-    options = {"timeout": CELL_SECONDS, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
-    NotebookClient(notebook, resources=folder, **options).execute()
+    options = {"kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=folder, **SECONDS, **options).execute()
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 
