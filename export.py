@@ -15,14 +15,7 @@ from src.utils import errors, flags
 
 def parse_args() -> argparse.Namespace:
     parser = flags.Parser(config, __doc__, [])
-    parser.add_run()
-    parser.add_argument(
-        "--checkpoint",
-        type=flags.path,
-        default=f"{config.CHECKPOINT_PATH}/best.pth",
-        metavar="FILE",
-        help="checkpoint of the trained model (default: %(default)s)",
-    )
+    parser.add_checkpoint()
     parser.add_argument(
         "--output",
         type=flags.path,
@@ -30,7 +23,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="file to write (default: %(default)s)",
     )
-    parser.run_defaults |= {"checkpoint": "checkpoints/best.pth", "output": "outputs/model.onnx"}
+    parser.run_defaults["output"] = "outputs/model.onnx"
     return parser.parse_args()
 
 

@@ -32,15 +32,20 @@ class Diffusion {
     Object.assign(this, { T: time_steps, prediction, alphaBar: (t) => (t < 0 ? 1 : alpha_bar[t]) });
   }
 
+  /** √α̅ and √(1 - α̅), the factors of x_0 and eps in x_t. */
+  signalAndNoise(t) {
+    return [Math.sqrt(this.alphaBar(t)), Math.sqrt(1 - this.alphaBar(t))];
+  }
+
   /** x_t ~ q(x_t | x_0), Ho et al. 2020, eq. 4. */
   qSample(x0, t, eps) {
-    const signal = Math.sqrt(this.alphaBar(t)), noise = Math.sqrt(1 - this.alphaBar(t));
+    const [signal, noise] = this.signalAndNoise(t);
     return pixels((x, e) => signal * x + noise * e, x0, eps);
   }
 
   /** The network's estimate of x_0, clipped to [-1, 1]. */
   async denoise(predict, x_t, t) {
-    const signal = Math.sqrt(this.alphaBar(t)), noise = Math.sqrt(1 - this.alphaBar(t));
+    const [signal, noise] = this.signalAndNoise(t);
     const formula = {
       noise: (x, output) => (x - noise * output) / signal,
       v: (x, output) => signal * x - noise * output,

@@ -70,12 +70,8 @@ class Parser(argparse.ArgumentParser):
             "paths that are given as flags take precedence",
         )
 
-    def add_model_flags(self, folder: str) -> None:
-        """Add the flags of a script that uses a trained model: --run, --checkpoint, --class and --output_dir.
-
-        --class is stored as `classes`, a list of names, or of numbers as text. The results go to OUTPUT_PATH/`folder`
-        by default.
-        """
+    def add_checkpoint(self) -> None:
+        """Add --run and --checkpoint, of a script that uses a trained model."""
         self.add_run()
         self.add_argument(
             "--checkpoint",
@@ -84,6 +80,15 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
             help="checkpoint of the trained model, which includes its settings (default: %(default)s)",
         )
+        self.run_defaults["checkpoint"] = "checkpoints/best.pth"
+
+    def add_model_flags(self, folder: str) -> None:
+        """Add the flags of a script that generates images: --run, --checkpoint, --class and --output_dir.
+
+        --class is stored as `classes`, a list of names, or of numbers as text. The results go to OUTPUT_PATH/`folder`
+        by default.
+        """
+        self.add_checkpoint()
         self.add_argument(
             "--class",
             dest="classes",
@@ -101,7 +106,7 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR",
             help="directory of the results (default: %(default)s)",
         )
-        self.run_defaults |= {"checkpoint": "checkpoints/best.pth", "output_dir": f"outputs/{folder}"}
+        self.run_defaults["output_dir"] = f"outputs/{folder}"
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]  # one signature
         """Parse the command line and check all settings; wrong ones are reported together, with exit status 2.
