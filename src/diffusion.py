@@ -21,7 +21,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) â†
 
 PREDICTIONS = ("noise", "x0", "v")  # what the network predicts; see `Diffusion.target`
 LOSS_WEIGHTS = ("uniform", "min_snr")  # weight of each timestep in the loss; see `Diffusion.weight`
-TIME_SAMPLINGS = ("uniform", "stratified")  # distribution of the training timesteps; see `draw_times`
+TIME_SAMPLINGS = ("uniform", "stratified", "logit_normal")  # how training timesteps are drawn; see `draw_times`
 OBJECTIVES = ("denoising", "consistency")  # what the network learns: `Diffusion.loss` or `consistency_loss`
 
 
@@ -53,11 +53,14 @@ def draw_times(count: int, time_steps: int, sampling: str) -> Tensor:
 
     "uniform" draws them independently. "stratified" divides the range into `count` equal strata and draws one timestep
     from each, in ascending order. Every batch then covers all noise levels, and its loss varies less (similar to
-    Kingma et al. 2021, appendix I.1, where all strata share one offset).
+    Kingma et al. 2021, appendix I.1, where all strata share one offset). "logit_normal" maps such stratified numbers
+    to u = sigmoid(1.2 z - 0.2), z ~ N(0, 1), so that the middle is trained most (Esser et al. 2024, eq. 19).
     """
     if sampling == "uniform":
         return torch.randint(time_steps, (count,))
     u = (torch.arange(count) + torch.rand(count)) / count  # (count,) in [0, 1]
+    if sampling == "logit_normal":
+        u = torch.sigmoid(1.2 * torch.special.ndtri(u) - 0.2)  # ndtri, the inverse of N(0, 1)'s distribution function
     return (time_steps * u).long().clamp(max=time_steps - 1)
 
 

@@ -169,7 +169,7 @@ def compare(plan: Plan) -> None:
     default = trainer(**plan.settings)
     found = contestants.gather(default, plan.settings, plan.compiled)
     batches = contestants.batches(default)
-    x_t = next(batches)
+    x_t, _ = next(batches)
     side = plan.matrix or (8192 if default.device.type == "cuda" else 2048)
     products = {p: f"{name_of(p)} matrix product" for p in (torch.bfloat16, torch.float32)}
     tasks = {"drawing a batch": lambda: next(batches)}
@@ -199,7 +199,7 @@ def show_growth(setting: str, values: Sequence[int], plan: Plan) -> None:
     tasks, gflop = {}, {}
     for value, run in runs.items():
         batches, c = contestants.batches(run), ours(str(value), run)
-        x_t = next(batches)
+        x_t, _ = next(batches)
         tasks |= c.tasks(batches, x_t)
         gflop[value] = c.gflop(x_t)
     times = alternate(setting, tasks, plan)
@@ -257,10 +257,10 @@ def training_speed(settings: dict[str, Any], seconds: float) -> float:
     step = ours("", run).train_step
     drawn = contestants.batches(run)
     for _ in range(3):
-        step(next(drawn))
+        step(*next(drawn))
     start, steps = time.perf_counter(), 0
     while not steps or time.perf_counter() < start + seconds:
-        step(next(drawn))
+        step(*next(drawn))
         steps += 1
     return steps * run.args.batch_size / (time.perf_counter() - start)
 

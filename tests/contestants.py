@@ -1,7 +1,8 @@
-"""Who is measured by benchmark.py: this repository in its variants, and others where they are installed."""
+"""Who is measured by benchmark.py and race.py: this repository, and others where they are installed."""
 
 import logging
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -17,33 +18,44 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 import config
 import train
 from src.data import datasets
+from src.diffusion import Diffusion
 from src.model import autocast
 from src.scores import inception
+from src.training import learning_rate
 from src.utils import devices, flags, settings
 from src.utils.distributed import World
 
 log = logging.getLogger("benchmark")
 
 
+Batches = Iterator[tuple[Tensor, Tensor]]  # x0 (B,C,H,W) in [-1, 1] and classes (B,)
+
+
 @dataclass
 class Contestant:
-    """A network, its training step on images x0 in [-1, 1], and its prediction from (x_t, t)."""
+    """A network, its training step on images x0 in [-1, 1] and their classes, and its prediction from (x_t, t).
+
+    `diffusion` is the process that it is trained for; `averaged` returns the network with averaged weights, with the
+    attributes that `Generator` needs.
+    """
 
     name: str
     network: nn.Module
-    train_step: Callable[[Tensor], object]
+    train_step: Callable[[Tensor, Tensor], object]
     predict: Callable[[Tensor, Tensor], Tensor]
+    diffusion: Diffusion
+    averaged: Callable[[], nn.Module]
     precision: torch.dtype = torch.float32
 
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
-    def tasks(self, batches: Iterator[Tensor], x_t: Tensor) -> dict[str, Callable[[], object]]:
+    def tasks(self, batches: Batches, x_t: Tensor) -> dict[str, Callable[[], object]]:
         """What is timed: a step on the next of `batches`, and a prediction for x_t (B,C,H,W) at various timesteps."""
         t = torch.arange(len(x_t), device=x_t.device)
         return {
-            f"training, {self.name}": lambda: self.train_step(next(batches)),
+            f"training, {self.name}": lambda: self.train_step(*next(batches)),
             f"inference, {self.name}": torch.inference_mode()(lambda: self.predict(x_t, t)),
         }
 
@@ -58,7 +70,7 @@ class Contestant:
 
 
 def trainer(images: int = 60_000, **changes: Any) -> train.Trainer:
-    """train.py's own, with config.py's settings but for `changes`, on as many images as Fashion-MNIST has."""
+    """train.py's own, with config.py's settings but for `changes`, on as much noise as Fashion-MNIST has images."""
     args = flags.Parser(config, "", settings.of_script("train")).parse_args([])
     vars(args).update(changes)
     data = noise(images, args.channels, args.image_size, args.image_size), torch.zeros(images, dtype=torch.long)
@@ -72,11 +84,10 @@ def noise(*shape: int) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8)
 
 
-def batches(run: train.Trainer) -> Iterator[Tensor]:
-    """The x0 (B,C,H,W) of a training, epoch after epoch."""
+def batches(run: train.Trainer) -> Batches:
+    """The batches of a training, epoch after epoch."""
     for epoch in count():
-        drawn = datasets.batches(run.images, run.labels, run.args.batch_size, run.args.seed, epoch)
-        yield from (x0 for x0, _ in drawn)
+        yield from datasets.batches(run.images, run.labels, run.args.batch_size, run.args.seed, epoch)
 
 
 def ours(name: str, run: train.Trainer) -> Contestant:
@@ -86,11 +97,28 @@ def ours(name: str, run: train.Trainer) -> Contestant:
         with autocast(run.device, run.precision):
             return run.learner.model(x_t, t)
 
-    def train_step(x0: Tensor) -> object:
-        y = torch.zeros(len(x0), dtype=torch.long, device=x0.device)  # any class will do
-        return run.learner.step(x0, y, run.args.learning_rate)
+    def train_step(x0: Tensor, y: Tensor) -> object:
+        args, step = run.args, run.learner.steps + 1
+        return run.learner.step(
+            x0, y, learning_rate(step, run.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
+        )
 
-    return Contestant(name, run.learner.model, train_step, predict, run.precision)
+    averaged = lambda: run.learner.ema.model  # noqa: E731
+    return Contestant(name, run.learner.model, train_step, predict, run.diffusion, averaged, run.precision)
+
+
+class Unconditional(nn.Module):
+    """A peer's network of (x_t, t) with the attributes and arguments of our U-Net without classes."""
+
+    channels, image_size, label = 1, 32, None
+
+    def __init__(self, network: nn.Module, predict: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.predict = network, predict
+
+    def forward(self, x_t: Tensor, t: Tensor, _y: None = None) -> Tensor:
+        """The prediction (B,C,H,W) for x_t (B,C,H,W) and t (B,) or (1,)."""
+        return self.predict(self.network, x_t, t.expand(len(x_t)))
 
 
 def denoising_diffusion_pytorch(device: torch.device) -> Contestant:
@@ -102,14 +130,18 @@ def denoising_diffusion_pytorch(device: torch.device) -> Contestant:
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
 
-    def train_step(x0: Tensor) -> None:
-        diffusion((x0 + 1) / 2).backward()  # it takes images in [0, 1]
+    process = Diffusion(1000, "cosine", prediction="v", device=device)
+    process.alpha_bar = diffusion.alphas_cumprod.double().cpu()  # its own schedule is a sigmoid
+
+    def train_step(x0: Tensor, _y: Tensor) -> None:
+        diffusion((x0.to(device) + 1) / 2).backward()  # it takes images in [0, 1]
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
 
-    return Contestant("denoising-diffusion-pytorch", diffusion.model, train_step, diffusion.model)
+    averaged = lambda: Unconditional(ema.ema_model.model, lambda unet, x_t, t: unet(x_t, t))  # noqa: E731
+    return Contestant("denoising-diffusion-pytorch", diffusion.model, train_step, diffusion.model, process, averaged)
 
 
 def diffusers(device: torch.device) -> Contestant:
@@ -126,7 +158,8 @@ def diffusers(device: torch.device) -> Contestant:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
-    def train_step(x0: Tensor) -> None:
+    def train_step(x0: Tensor, _y: Tensor) -> None:
+        x0 = x0.to(device)
         eps, t = torch.randn_like(x0), torch.randint(1000, (len(x0),), device=device)
         x_t = scheduler.add_noise(x0, eps, t)
         nn.functional.mse_loss(unet(x_t, t).sample, eps).backward()
@@ -135,7 +168,12 @@ def diffusers(device: torch.device) -> Contestant:
         optimizer.zero_grad()
         ema.step(unet.parameters())
 
-    return Contestant("diffusers", unet, train_step, lambda x_t, t: unet(x_t, t).sample)
+    def averaged() -> nn.Module:
+        ema.copy_to((copy := deepcopy(unet)).parameters())
+        return Unconditional(copy.eval(), lambda network, x_t, t: network(x_t, t).sample)
+
+    process = Diffusion(1000, "linear", prediction="noise", device=device)  # the same as that of DDPMScheduler()
+    return Contestant("diffusers", unet, train_step, lambda x_t, t: unet(x_t, t).sample, process, averaged)
 
 
 def scorers(device: torch.device) -> dict[str, Callable[[Tensor], object]]:

@@ -409,6 +409,22 @@ def test_stratified_times_hold_one_of_every_part_and_uniform_ones_do_not():
     assert not torch.equal(draw_times(50, 1000, "uniform").sort().values // 20, torch.arange(50))
 
 
-def test_stratified_times_stay_below_the_end(monkeypatch):
+@pytest.mark.parametrize("how", ["stratified", "logit_normal"])
+def test_times_stay_in_range(how, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), 1 - 2**-24))
-    assert draw_times(64, 1000, "stratified").max() == 999
+    assert draw_times(64, 1000, how).max() == 999
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    assert draw_times(64, 1000, how).min() == 0
+
+
+def test_logit_normal_times_are_normal_after_the_logit_and_others_are_not():
+    """Of each stratum there is one; a normal variable's distribution function turns t back into the strata."""
+
+    def strata(how):
+        t = draw_times(64, 1_000_000, how).double()  # so many timesteps that rounding them down does not count
+        return ((torch.special.ndtr((((t + 0.5) / 1_000_000).logit() + 0.2) / 1.2)) * 64).long()
+
+    torch.manual_seed(0)
+    for _ in range(20):
+        assert (strata("logit_normal") - torch.arange(64)).abs().max() <= 1  # 1: float32 rounds u at a stratum's edge
+    assert (strata("stratified") - torch.arange(64)).abs().max() > 1

@@ -69,7 +69,11 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --prediction x", 2, "PREDICTION is 'x', but must be noise, x0 or v"),
     ("train.py --objective x", 2, "OBJECTIVE is 'x', but must be denoising or consistency"),
     ("train.py --loss_weight snr", 2, "LOSS_WEIGHT is 'snr', but must be uniform or min_snr"),
-    ("train.py --time_sampling random", 2, "TIME_SAMPLING is 'random', but must be uniform or stratified"),
+    (
+        "train.py --time_sampling random",
+        2,
+        "TIME_SAMPLING is 'random', but must be uniform, stratified or logit_normal",
+    ),
     ("sample.py --class hat", 2, "--class hat is unknown: choose from t-shirt, trouser"),
     ("sample.py --class 10", 2, "--class 10 is unknown"),
     ("sample.py --class", 2, "--class: expected at least one argument"),

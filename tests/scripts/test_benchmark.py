@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from src.diffusion import Diffusion
 from src.utils import devices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,7 @@ def test_operations_are_counted_in_convolutions_and_attention():
         return nn.functional.scaled_dot_product_attention(q, q, q)
 
     conv = nn.Conv2d(1, 8, 3, padding=1)
-    contestant = contestants.Contestant("", conv, print, predict)
+    contestant = contestants.Contestant("", conv, print, predict, Diffusion(10, "linear"), lambda: conv)
     convolution, attention = 2 * 9 * 8 * 64, 2 * (2 * 64 * 64 * 8)
     assert contestant.gflop(torch.zeros(5, 1, 8, 8)) == pytest.approx((convolution + attention) / 1e9)
 
@@ -68,6 +69,6 @@ def test_a_training_step_moves_the_weights_of_the_others_too(peer):
     pytest.importorskip(peer.__name__)
     contestant = peer(torch.device("cpu"))
     before = [p.detach().clone() for p in contestant.network.parameters()]
-    contestant.train_step(torch.zeros(2, 1, 32, 32))
+    contestant.train_step(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))
     assert any(not torch.equal(a, b) for a, b in zip(before, contestant.network.parameters(), strict=True))
     assert contestant.predict(torch.zeros(2, 1, 32, 32), torch.tensor([0, 1])).shape == (2, 1, 32, 32)
