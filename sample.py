@@ -124,6 +124,8 @@ def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, 
         start["image"] = datasets.normalise(read(args.start_from, channels=model["channels"]))
     if args.inpaint:
         start["mask"] = read(args.inpaint, channels=1) > 127
+        if not start["mask"].any():
+            raise errors.UserError(f"no pixel of {args.inpaint} is white: nothing would be generated")
     return start
 
 

@@ -138,8 +138,7 @@ async function loadRuntime(backend) {
       return answer.arrayBuffer();
     }),
   );
-  const address = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
-  const ort = await import(address);
+  const ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
   ort.env.wasm.wasmBinary = binary;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   return ort;
@@ -185,7 +184,6 @@ async function loadModel({ url, bytes }, previous) {
   if (!(settings.sampler in SAMPLERS && settings.alpha_bar.length === settings.time_steps)) throw damaged();
   const trial = { noise: [new Float32Array(settings.channels * settings.image_size ** 2)], labels: [0], steps: 1 };
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  await previous?.session.release();
   let failure;
   for (const backend of adapter ? ["webgpu", "wasm"] : ["wasm"]) {
     try {
@@ -194,6 +192,7 @@ async function loadModel({ url, bytes }, previous) {
       const session = await create.catch(() => Promise.reject(damaged()));
       const model = { ort, session, settings: { ...settings, backend, threads: ort.env.wasm.numThreads } };
       await sample(model, { ...trial, guidance: 1 }, () => {}); // a graphics card may fail only now
+      await previous?.session.release(); // not before: if the new model fails, the old one stays
       return model;
     } catch (error) {
       failure = error;
@@ -222,27 +221,29 @@ async function sample({ ort, session, settings }, { noise, labels, steps, guidan
   const diffusion = new Diffusion(settings), grid = timeGrid(diffusion.T, steps, strength);
   const first = grid[0]?.[0] ?? -1; // with no steps, x_t is the image itself
   let x_t = image && first < diffusion.T - 1 ? diffusion.qSample(image, first, noise[0]) : noise[0];
-  for await (x_t of SAMPLERS[settings.sampler](diffusion, predict, x_t, noise, grid)) onStep(x_t);
+  for await (x_t of SAMPLERS[settings.sampler](diffusion, predict, x_t, noise, grid)) if (await onStep(x_t)) break;
   return x_t;
 }
 
 if (typeof document === "undefined") {
-  let model, work = Promise.resolve();
+  let model, work = Promise.resolve(), stopped; // whether the request in hand is wanted no longer
+  const messages = () => new Promise((resolve) => setTimeout(resolve)); // lets them arrive
   const handle = async ({ id, request }) => {
+    const onStep = async (x) => (postMessage({ id, step: x }), await messages(), stopped);
+    stopped = false;
     try {
       if (request.load) model = await loadModel(request.load, model);
-      const result = request.load ? model.settings : await sample(model, request, (x) => postMessage({ id, step: x }));
-      postMessage({ id, result });
+      postMessage({ id, result: request.load ? model.settings : await sample(model, request, onStep) });
     } catch (error) {
       postMessage({ id, error: error.message });
     }
   };
-  onmessage = ({ data }) => (work = work.then(() => handle(data))); // one after the other
+  onmessage = ({ data }) => (data === "stop" ? (stopped = true) : (work = work.then(() => handle(data))));
 }
 
 // ---- 3. The page -------------------------------------------------------------------------------------------
 
-/** A worker as functions: load(source) → settings, sample(request, onStep) → images. */
+/** A worker as functions: load(source) → settings, sample(request, onStep) → images, stop() what it is sampling. */
 export function connect() {
   const worker = new Worker(new URL("diffusion.js", import.meta.url), { type: "module" }), waiting = new Map();
   worker.onmessage = ({ data: { id, step, result, error } }) => {
@@ -259,7 +260,7 @@ export function connect() {
     worker.postMessage({ id: ++id, request });
     return Promise.race([broken, new Promise((resolve, reject) => waiting.set(id, { resolve, reject, onStep }))]);
   };
-  return { load: (source) => ask({ load: source }), sample: ask };
+  return { load: (source) => ask({ load: source }), sample: ask, stop: () => worker.postMessage("stop") };
 }
 
 /** Draw images side by side, with a black pixel between them. */
@@ -278,7 +279,7 @@ function show(canvas, images, { channels, image_size: side }) {
 }
 
 /** A canvas to draw on, with mouse, finger or keyboard; `mark` shows where the keyboard's brush is. */
-function makeSketch(canvas, mark, brush) {
+function makeSketch(canvas, mark, brush, onChange) {
   const pen = canvas.getContext("2d", { willReadFrequently: true }), at = { x: 0, y: 0 };
   const fill = (grey, ...rectangle) => ((pen.fillStyle = `rgb(${grey} ${grey} ${grey})`), pen.fillRect(...rectangle));
   const paint = (x, y) => fill(brush.value, Math.round(x) - 1, Math.round(y) - 1, 3, 3);
@@ -293,6 +294,7 @@ function makeSketch(canvas, mark, brush) {
   };
   canvas.onpointerdown = (event) => (canvas.setPointerCapture(event.pointerId), drag(event));
   canvas.onpointermove = drag;
+  canvas.onpointerup = () => onChange();
   const KEYS = { " ": [0, 0], ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   canvas.onkeydown = (event) => {
     if (!(event.key in KEYS) || event.ctrlKey || event.altKey || event.metaKey) return;
@@ -300,7 +302,7 @@ function makeSketch(canvas, mark, brush) {
     const [dx, dy] = KEYS[event.key], inside = (x) => Math.min(canvas.width - 1, Math.max(0, Math.round(x)));
     Object.assign(at, { x: inside(at.x + dx), y: inside(at.y + dy) });
     mark.style.translate = [at.x, at.y].map((x) => `${(100 * (x - 1)) / 3}%`).join(" "); // it is 3 pixels large
-    if (event.key === " " || event.shiftKey) paint(at.x, at.y);
+    if (event.key === " " || event.shiftKey) paint(at.x, at.y), onChange();
   };
   return {
     clear,
@@ -325,14 +327,15 @@ function makeSketch(canvas, mark, brush) {
 }
 
 export function start(url) {
-  const $ = (id) => document.getElementById(id), { load, sample } = connect();
-  const sketch = makeSketch($("sketch"), $("mark"), $("brush")), problems = new Map();
-  let settings;
+  const $ = (id) => document.getElementById(id), { load, sample, stop } = connect();
+  const sketch = makeSketch($("sketch"), $("mark"), $("brush"), () => make()), problems = new Map();
+  let settings, ready; // of the model in use; what the status says then
 
   /** Show what is wrong with a task, or "" if nothing is, beside what is wrong with others. */
   const report = (task, text) => {
     problems.set(task, text);
     $("error").textContent = [...problems.values()].filter(Boolean).join(" ");
+    if (text) $("error").scrollIntoView({ block: "nearest" });
   };
   /** A task that paints a canvas. It never runs twice at once: asked for meanwhile, it runs once more at the end. */
   const painting = (canvas, task) => {
@@ -347,7 +350,7 @@ export function start(url) {
       canvas.ariaBusy = "false";
     };
   };
-  const seed = () => Math.max(0, Math.floor(Number($("seed").value)) || 0);
+  const seed = () => Math.min(Number($("seed").max), Math.max(0, Math.floor(Number($("seed").value)) || 0));
   const labelsOf = ({ value }, count) =>
     Array.from({ length: count }, (_, i) => (value === "all" ? i % settings.classes.length : Number(value)));
   const names = (labels) => [...new Set(labels.map((label) => settings.classes[label] ?? "no class"))].join(", ");
@@ -383,19 +386,22 @@ export function start(url) {
     canvas.ariaLabel = `From the sketch: ${names(labels)}`;
   });
 
-  for (const id of ["class", "count", "steps", "guidance", "seed"]) $(id).onchange = () => (generate(), walk());
+  const all = () => {
+    $("seed").value = seed(); // the one in use, whatever was typed
+    stop(), generate(), walk(), make(); // all again: what is on its way is of no use
+  };
+  for (const id of ["class", "count", "steps", "guidance", "seed"]) $(id).onchange = all;
   $("guidance").oninput = () => ($("scale").textContent = $("guidance").value);
-  $("again").onclick = () => (($("seed").value = Math.floor(Math.random() * 1e6)), generate(), walk());
+  $("again").onclick = () => (($("seed").value = Math.floor(Math.random() * 1e6)), all());
   $("save").onclick = () => {
     const image = { href: $("grid").toDataURL("image/png"), download: `simple-ddpm-${seed()}.png` };
     Object.assign(document.createElement("a"), image).click();
   };
   $("weight").oninput = walk;
-  $("clear").onclick = sketch.clear;
+  $("clear").onclick = () => (sketch.clear(), make());
   $("example").onclick = () => (sketch.shirt(), make());
   $("strength").oninput = () => ($("amount").textContent = $("strength").value);
   for (const id of ["strength", "kind"]) $(id).onchange = make;
-  $("make").onclick = make;
 
   const use = async ({ url, file }) => {
     $("controls").inert = true; // until there is a model
@@ -410,12 +416,13 @@ export function start(url) {
     $("steps").replaceChildren(...[...choices].map((n) => new Option(n, n, n === steps, n === steps)));
     $("guidance").disabled = !classes.length;
     sketch.resize(settings.image_size);
-    $("status").textContent = `${url}: ready, on the ${backend === "wasm" ? "processor" : "graphics card"}.`;
-    $("controls").inert = false;
-    await Promise.all([generate(), walk(), $("example").onclick()]);
+    ready = `${url}: ready, on the ${backend === "wasm" ? "processor" : "graphics card"}.`;
+    rest();
+    sketch.shirt(), all();
   };
+  const rest = () => (($("controls").inert = !ready), ($("status").textContent = ready ?? ""));
   let opened = Promise.resolve();
-  const fail = (error) => (($("status").textContent = ""), report("model", error.message));
+  const fail = (error) => (rest(), report("model", error.message));
   const open = (source) => (opened = opened.then(() => use(source)).then(() => report("model", ""), fail));
   $("file").onchange = () => {
     for (const file of $("file").files) open({ url: file.name, file });

@@ -154,6 +154,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --start_from file", 1, "cannot read the image file (cannot identify image file"),
     ("sample.py --start_from picture.png --inpaint nowhere.png", 1, "no image at nowhere.png: give an existing file"),
     ("sample.py --start_from picture.png --inpaint file", 1, "cannot read the image file (cannot identify"),
+    ("sample.py --start_from picture.png --inpaint picture.png", 1, "no pixel of picture.png is white"),
     ("sample.py --class=", 2, "--class '' is unknown: choose from t-shirt"),
     ("sample.py --checkpoint=", 2, "--checkpoint: is '', but must be a path"),
     ("sample.py --checkpoint nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),

@@ -323,8 +323,8 @@ def test_every_control_does_something(browser, site, runtime, tmp_path):
     assert page.text_content("#scale") == "3"
     other = changed(page, "grid", lambda: (page.fill("#seed", "1"), page.press("#seed", "Enter")))
     assert len({picture.tobytes() for picture in (one, bag, more, guided, other)}) == 5
-    again = changed(page, "grid", lambda: (page.fill("#seed", "0"), page.press("#seed", "Enter")))
-    assert np.array_equal(again, guided)
+    again = changed(page, "grid", lambda: (page.fill("#seed", "-5"), page.press("#seed", "Enter")))
+    assert np.array_equal(again, guided) and page.input_value("#seed") == "0"  # the nearest seed that there is
     changed(page, "grid", lambda: page.click("#again"))
     assert page.input_value("#seed") != "0"
 
@@ -340,22 +340,23 @@ def test_every_control_does_something(browser, site, runtime, tmp_path):
     page.mouse.move(box["x"] + 40, box["y"] + 60)
     page.mouse.down()
     page.mouse.move(box["x"] + 200, box["y"] + 60)
-    page.mouse.up()
+    drawn = changed(page, "drawn", page.mouse.up)
     line = (pixels(page, "sketch") > 0).sum()
     assert 60 <= line <= 70  # 20 pixels long, 3 thick, and its ends
     page.select_option("#brush", "0")
     page.focus("#sketch")
-    for key in ("ArrowLeft", "ArrowUp", "Space"):
+    for key in ("ArrowLeft", "ArrowUp"):
         page.keyboard.press(key)
+    erased = changed(page, "drawn", lambda: page.keyboard.press("Space"))
     assert 0 < (pixels(page, "sketch") > 0).sum() < line  # the eraser at the end of the line
-    made = changed(page, "drawn", lambda: page.click("#make"))
+    seeded = changed(page, "drawn", lambda: page.click("#again"))
     boots = changed(page, "drawn", lambda: page.select_option("#kind", label="ankle-boot"))
     weak = changed(page, "drawn", lambda: page.fill("#strength", "0.05"))
     assert page.text_content("#amount") == "0.05"
     sketch = pixels(page, "sketch")
     assert np.abs(weak[:32, :32] - sketch).mean() < np.abs(boots[:32, :32] - sketch).mean() / 2
     shirt = changed(page, "drawn", lambda: page.click("#example"))
-    assert len({picture.tobytes() for picture in (made, boots, weak, shirt)}) == 4
+    assert len({picture.tobytes() for picture in (drawn, erased, seeded, boots, weak, shirt)}) == 6
     assert (page.text_content("#error"), page.problems) == ("", [])
 
     page.set_input_files("#file", site[0] / "colour.onnx")
@@ -380,7 +381,7 @@ def test_several_threads_where_the_page_is_isolated(browser, site, runtime):
         assert page.evaluate(code, "v.onnx") == expected
 
 
-def test_controls_rest_until_there_is_a_model_and_while_another_is_loaded(browser, site, runtime):
+def test_controls_rest_until_there_is_a_model_and_a_file_that_fails_changes_nothing(browser, site, runtime):
     page = open_page(browser, runtime, f"{site[1]}?model=none.onnx")
     page.wait_for_function("document.getElementById('error').textContent")
     page.locator("#again").dispatch_event("click", timeout=1000)  # a click by hand is not delivered at all
@@ -389,9 +390,26 @@ def test_controls_rest_until_there_is_a_model_and_while_another_is_loaded(browse
         page.set_input_files("#file", site[0] / name)
         if name == "damaged.onnx":
             page.wait_for_function("document.getElementById('error').textContent.startsWith('damaged')")
+            assert page.text_content("#status").startswith("v.onnx: ready")
+            changed(page, "grid", lambda: page.click("#again"))
         else:
             page.wait_for_function(f"document.getElementById('status').textContent.startsWith('{name}: ready')")
-        assert page.evaluate("document.getElementById('controls').inert") == (name == "damaged.onnx")
+        assert not page.evaluate("document.getElementById('controls').inert")
+    ready(page)
+
+
+def test_new_settings_stop_the_images_that_are_on_their_way(browser, site, runtime):
+    page = ready(open_page(browser, runtime, f"{site[1]}?model=v.onnx"))
+    page.select_option("#steps", "50")
+    page.wait_for_function("document.getElementById('progress').textContent.startsWith('Step 1 of 50')")
+    page.evaluate("""() => {
+        window.seen = [];
+        const watch = () => seen.push(document.getElementById('progress').textContent.split(',')[0]);
+        new MutationObserver(watch).observe(document.getElementById('progress'), { childList: true });
+    }""")
+    page.select_option("#steps", "10")
+    page.wait_for_function("document.getElementById('progress').textContent.startsWith('Step 10 of 10')")
+    assert "Step 50 of 50" not in page.evaluate("seen")
     ready(page)
 
 
@@ -416,7 +434,7 @@ def test_each_control_has_a_name_and_can_be_reached_by_keyboard(browser, site, r
     page.get_by_role("button", name="Choose File").or_(page.get_by_label("ONNX file")).first.focus()
     for name in ("Class", "Images", "Steps", "Guidance", "Seed", "From seed to seed + 1", "Sketch", "Brush", "Noise"):
         page.get_by_label(name).first.focus()
-    for name in ("New seed", "Save as PNG", "Clear", "Example", "Make clothes"):
+    for name in ("New seed", "Save as PNG", "Clear", "Example"):
         page.get_by_role("button", name=name).focus()
     controls = page.locator("select, input, button, #sketch")
     for i in range(controls.count()):
