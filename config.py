@@ -13,9 +13,9 @@ CHANNELS: int = 1  # 1 = grayscale, 3 = colour; cifar10 and folder have 3 by def
 
 # Training
 BATCH_SIZE: int = 64  # images per batch, over all processes; in training without the flag, less if there are fewer
-LEARNING_RATE: float = 1e-3  # peak learning rate of Adam
-LR_WARMUP: int = 0  # optimiser steps of linear learning-rate warm-up
-LR_DECAY: float = 0.0  # fraction of all steps, at the end, over which the learning rate falls linearly to 0; 0 = none
+LEARNING_RATE: float = 2e-3  # peak learning rate of Adam
+LR_WARMUP: int = 200  # optimiser steps of linear learning-rate warm-up; without the flag, a tenth of all at most
+LR_DECAY: float = 1.0  # fraction of all steps, at the end, over which the learning rate falls linearly to 0; 0 = none
 ADAM_BETA2: float = 0.999  # decay rate of Adam's average of squared gradients
 ACCUMULATE: int = 1  # gradient accumulation: parts into which a batch is divided to save memory
 EPOCHS: int = 200  # passes over the training images
@@ -44,7 +44,7 @@ BETA_END: float = 0.02  # last beta of the linear schedule, for T = 1000
 PREDICTION: str = "v"  # what the network predicts: the noise, x_0, or v, which combines both
 OBJECTIVE: str = "denoising"  # what is trained; consistency = for generation in few steps, from --init_from
 LOSS_WEIGHT: str = "uniform"  # weight of each timestep in the loss; min_snr weights errors of x_0 by min(SNR, 5)
-TIME_SAMPLING: str = "stratified"  # how training timesteps are drawn; stratified covers all noise levels in each batch
+TIME_SAMPLING: str = "logit_normal"  # how training timesteps are drawn; logit_normal favours the middle noise levels
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate; in training, in each grid of samples

@@ -65,6 +65,8 @@ class Trainer:
             )
         self.precision = devices.pick_precision(args.precision, self.device)
         args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
+        if args.objective == "consistency" and "time_sampling" not in args.given:
+            args.time_sampling = "stratified"  # one step starts at T - 1, which logit_normal hardly ever draws
         if args.compile and world.maximum(int(not devices.can_compile(self.device))):
             args.compile = False
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
@@ -79,6 +81,8 @@ class Trainer:
         self.images, self.labels = images[:count], labels[:count]
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
+        if "lr_warmup" not in args.given:
+            args.lr_warmup = min(args.lr_warmup, self.steps // 10)
         self.pace = Pace()
         self.plot_due = time.monotonic()  # on a GPU an epoch may take two seconds, and the plot half of one
 

@@ -226,11 +226,10 @@ async function sample({ ort, session, settings }, { noise, labels, steps, guidan
 }
 
 if (typeof document === "undefined") {
-  let model, work = Promise.resolve(), stopped; // whether the request in hand is wanted no longer
+  let model, work = Promise.resolve(), stopped = 0; // the last of the requests that are wanted no longer
   const messages = () => new Promise((resolve) => setTimeout(resolve)); // lets them arrive
   const handle = async ({ id, request }) => {
-    const onStep = async (x) => (postMessage({ id, step: x }), await messages(), stopped);
-    stopped = false;
+    const onStep = async (x) => (postMessage({ id, step: x }), await messages(), id <= stopped);
     try {
       if (request.load) model = await loadModel(request.load, model);
       postMessage({ id, result: request.load ? model.settings : await sample(model, request, onStep) });
@@ -238,12 +237,12 @@ if (typeof document === "undefined") {
       postMessage({ id, error: error.message });
     }
   };
-  onmessage = ({ data }) => (data === "stop" ? (stopped = true) : (work = work.then(() => handle(data))));
+  onmessage = ({ data }) => (data.stop ? (stopped = data.stop) : (work = work.then(() => handle(data))));
 }
 
 // ---- 3. The page -------------------------------------------------------------------------------------------
 
-/** A worker as functions: load(source) → settings, sample(request, onStep) → images, stop() what it is sampling. */
+/** A worker as functions: load(source) → settings, sample(request, onStep) → images, stop() whatever it samples. */
 export function connect() {
   const worker = new Worker(new URL("diffusion.js", import.meta.url), { type: "module" }), waiting = new Map();
   worker.onmessage = ({ data: { id, step, result, error } }) => {
@@ -260,7 +259,7 @@ export function connect() {
     worker.postMessage({ id: ++id, request });
     return Promise.race([broken, new Promise((resolve, reject) => waiting.set(id, { resolve, reject, onStep }))]);
   };
-  return { load: (source) => ask({ load: source }), sample: ask, stop: () => worker.postMessage("stop") };
+  return { load: (source) => ask({ load: source }), sample: ask, stop: () => worker.postMessage({ stop: id }) };
 }
 
 /** Draw images side by side, with a black pixel between them. */
@@ -407,6 +406,7 @@ export function start(url) {
     $("controls").inert = true; // until there is a model
     $("status").textContent = `Loading ${url} ...`;
     if (new URL(url, location.href).origin !== location.origin) throw new Error(`${url} is on another server.`);
+    stop();
     settings = await load({ url, bytes: await file?.arrayBuffer() });
     const { classes, objective, backend, steps } = settings;
     const options = classes.map((name, i) => new Option(name, i)), none = () => new Option("no class", classes.length);

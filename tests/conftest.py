@@ -126,8 +126,9 @@ def trained(data, tmp_path_factory) -> SimpleNamespace:
     """
     folder = tmp_path_factory.mktemp("session")
     shutil.copytree(data, folder / "data/fashion-mnist-tiny")
-    often = "--learning_rate 3e-3 --ema_decay 0.9 --log_every 2 --save_every 1 --sample_every 2".split()
-    flags = [*SMALL, *NETWORK, *often]
+    steady = "--learning_rate 3e-3 --lr_warmup 0 --lr_decay 0".split()
+    often = "--ema_decay 0.9 --log_every 2 --save_every 1 --sample_every 2".split()
+    flags = [*SMALL, *NETWORK, *steady, *often]
     first = run_script("train.py", *flags, "--epochs", 2, cwd=folder)
     assert first.returncode == 0, first.stderr
     second = run_script("train.py", *flags, "--epochs", 4, cwd=folder)

@@ -190,6 +190,17 @@ def scorers(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
 PEERS = (denoising_diffusion_pytorch, diffusers)
 
 
+def peers(device: torch.device) -> list[Contestant]:
+    """Those of PEERS that are installed."""
+    found = []
+    for peer in PEERS:
+        try:
+            found.append(peer(device))
+        except ImportError as error:
+            log.warning("left out: %s (%s)", peer.__name__, error)
+    return found
+
+
 def name_of(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
@@ -201,9 +212,4 @@ def gather(default: train.Trainer, settings: dict[str, Any], with_compiled: bool
     found = [ours(name, default), ours(f"this repository, {other}", trainer(**settings, precision=other))]
     if with_compiled:
         found.append(ours(f"{name}, compiled", trainer(**settings, compile=True)))
-    for peer in PEERS:
-        try:
-            found.append(peer(default.device))
-        except ImportError as error:
-            log.warning("left out: %s (%s)", peer.__name__, error)
-    return found
+    return found + peers(default.device)

@@ -1,13 +1,14 @@
-"""Who makes better images after the same minutes of training? This repository and its peers, all at their defaults.
+"""Who makes better images after the same minutes of training, this repository or its peers?
 
     pip install denoising-diffusion-pytorch diffusers    # those that are installed take part
-    python tests/race.py --minutes 5 10 20 30            # prints a table, writes outputs/race.json and race.png
+    python tests/race.py --minutes 5 10 20 30            # prints tables, writes outputs/race.json and race.png
 
-Each is trained in turn for the last of these minutes, on the same batches, with its authors' defaults (the networks of
-the peers have our widths, see contestants.py). The clock stands still while it is scored: after each of the minutes,
-its averaged weights generate images through the noise schedule that it was trained for. All are sampled by this
-repository's default sampler, because the thousand steps of the peers' own would take hours. FID is against the test
-images. A contestant whose rows are in race.json already is not trained again.
+They train in turns of ten seconds, on the same batches: whatever else the machine does falls on all alike. This
+repository trains as train.py does by default, in bfloat16 where that is fast and with classes. The peers have our
+widths and batch size, and otherwise the network, target, schedule, optimiser and average of their authors, in float32
+and without classes (contestants.py). After each of the minutes, the averaged weights of each generate images through
+the noise schedule that they were trained for. All are sampled by this repository's default sampler: the thousand steps
+of the peers' own would take hours. FID is against the test images.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +39,38 @@ from src.utils.progress import progress
 log = logging.getLogger("race")
 
 Score = Callable[[Contestant], float]
+Row = dict[str, Any]
+
+TURN = 10.0  # seconds
 
 
-def race(contestant: Contestant, batches: Batches, minutes: Sequence[float], score: Score) -> list[dict[str, Any]]:
-    """Train a contestant, and score it whenever one of the `minutes`, in ascending order, has passed.
+def race(
+    racers: Sequence[Contestant], drawn: Sequence[Batches], minutes: Sequence[float], score: Score
+) -> Iterator[list[Row]]:
+    """Train the contestants on the batches `drawn` for each, in turns, and score them after each of the `minutes`.
 
-    Returns:
-        A row for each of the minutes: the contestant's name, minutes, images seen and score.
+    Yields, after each of the minutes, which ascend, a row for each contestant: name, minutes, images seen and score.
     """
-    rows, seen, seconds = [], 0, 0.0
-    with progress(log, total=round(60 * minutes[-1]), unit=" s", desc=contestant.name) as bar:
-        for goal in minutes:
-            while seconds < 60 * goal:
-                start = time.perf_counter()
-                x0, y = next(batches)
-                contestant.train_step(x0, y)
-                if torch.accelerator.is_available():
-                    torch.accelerator.synchronize()
-                seen += len(x0)
-                bar.update(step := time.perf_counter() - start)
-                seconds += step
-            rows.append({"name": contestant.name, "minutes": goal, "images": seen, "fid": score(contestant)})
-            log.info("%(name)s after %(minutes)g minutes, %(images)d images: FID %(fid).2f", rows[-1])
-    return rows
+    seconds, seen = [0.0] * len(racers), [0] * len(racers)
+    for goal in minutes:
+        while min(seconds) < 60 * goal:
+            for i, racer in enumerate(racers):
+                pause = min(seconds[i] + TURN, 60 * goal)
+                while seconds[i] < pause:
+                    start = time.perf_counter()
+                    x0, y = next(drawn[i])
+                    racer.train_step(x0, y)
+                    if torch.accelerator.is_available():
+                        torch.accelerator.synchronize()
+                    seconds[i] += time.perf_counter() - start
+                    seen[i] += len(x0)
+            log.info(
+                "%.1f of %g minutes: %s images", min(seconds) / 60, minutes[-1], ", ".join(f"{n:,}" for n in seen)
+            )
+        yield [
+            {"name": racer.name, "minutes": goal, "images": images, "fid": score(racer)}
+            for racer, images in zip(racers, seen, strict=True)
+        ]
 
 
 def scorer(run: train.Trainer, count: int) -> Score:
@@ -86,7 +96,7 @@ def scorer(run: train.Trainer, count: int) -> Score:
     return fid
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """A line for each contestant, a column for each of the minutes: FID, and images seen."""
     minutes = sorted({row["minutes"] for row in rows})
     lines = [["FID (images seen) after", *(f"{m:g} minutes" for m in minutes)]]
@@ -97,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """FID against minutes of training, a curve for each contestant."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -114,22 +124,16 @@ def main(args: argparse.Namespace) -> int:
     given = ["--data_path", args.data_path] if args.data_path else []
     run = train.Trainer(flags.Parser(config, "", settings.of_script("train")).parse_args(given), World(device))
     score = scorer(run, args.num_samples)
+    racers = [contestants.ours("this repository", run), *contestants.peers(device)]
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "race.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    for make in (lambda _: contestants.ours("this repository", run), *contestants.PEERS):
-        try:
-            contestant = make(device)
-        except ImportError as error:
-            log.warning("left out: %s (%s)", make.__name__, error)
-            continue
-        if contestant.name not in {row["name"] for row in rows}:
-            rows += race(contestant, contestants.batches(run), args.minutes, score)
-            path.write_text(json.dumps(rows, indent=1) + "\n")  # at once: the next contestant may take an hour
-            plot(rows, args.output / "race.png")
-    print(f"{devices.describe_device(device, run.precision)}, torch {torch.__version__}\n")
-    print(table(rows))
-    log.info("results: %s, %s", path, args.output / "race.png")
+    rows: list[Row] = []
+    for news in race(racers, [contestants.batches(run) for _ in racers], args.minutes, score):
+        rows += news
+        (args.output / "race.json").write_text(json.dumps(rows, indent=1) + "\n")
+        plot(rows, args.output / "race.png")
+        print(table(rows), flush=True)
+    print(f"\n{devices.describe_device(device, run.precision)}, torch {torch.__version__}")
+    log.info("wrote race.json and race.png to %s", args.output)
     return 0
 
 

@@ -67,7 +67,7 @@ class Monitor:
     log_path/tensorboard has the files for TensorBoard. log_path/scalars.jsonl has the scalars for other programs, with
     one JSON object per line, which pandas.read_json(path, lines=True) reads:
 
-        {"step": 50, "loss/train": 0.1, "gradient_norm": 0.5, "learning_rate": 0.001, "images_per_second": 300.0}
+        {"step": 50, "loss/train": 0.1, "gradient_norm": 0.5, "learning_rate": 0.0005, "images_per_second": 300.0}
         {"step": 906, "loss/validation": 0.05}
 
     A resumed run logs the steps after its checkpoint again. Their earlier values are hidden in TensorBoard (by

@@ -400,16 +400,19 @@ def test_controls_rest_until_there_is_a_model_and_a_file_that_fails_changes_noth
 
 def test_new_settings_stop_the_images_that_are_on_their_way(browser, site, runtime):
     page = ready(open_page(browser, runtime, f"{site[1]}?model=v.onnx"))
-    page.select_option("#steps", "50")
-    page.wait_for_function("document.getElementById('progress').textContent.startsWith('Step 1 of 50')")
     page.evaluate("""() => {
+        const [steps, progress] = ["steps", "progress"].map((id) => document.getElementById(id));
+        const choose = (n) => ((steps.value = n), steps.onchange());
         window.seen = [];
-        const watch = () => seen.push(document.getElementById('progress').textContent.split(',')[0]);
-        new MutationObserver(watch).observe(document.getElementById('progress'), { childList: true });
+        new MutationObserver(() => {
+            seen.push(progress.textContent.split(",")[0]);
+            if (seen.length === 1) choose(10); // at the first step of the first images
+        }).observe(progress, { childList: true });
+        choose(50);
     }""")
-    page.select_option("#steps", "10")
     page.wait_for_function("document.getElementById('progress').textContent.startsWith('Step 10 of 10')")
-    assert "Step 50 of 50" not in page.evaluate("seen")
+    seen = page.evaluate("seen")
+    assert seen[0] == "Step 1 of 50" and "Step 50 of 50" not in seen
     ready(page)
 
 

@@ -1,6 +1,5 @@
 """The race between this repository and its peers, on tiny networks and in a fraction of a second."""
 
-import time
 from types import SimpleNamespace
 
 import benchmark
@@ -21,20 +20,31 @@ def batches():
         yield BATCH
 
 
-def test_each_is_scored_at_its_minutes_and_scoring_does_not_count():
-    scored = []
+def test_they_train_in_turns_for_the_same_time_and_are_scored_at_their_minutes(monkeypatch):
+    now, order = [0.0], []
+
+    def racer(name, seconds):
+        def train_step(x0, y):
+            now[0] += seconds
+            order.append(name)
+
+        return SimpleNamespace(name=name, train_step=train_step)
 
     def score(contestant):
-        time.sleep(0.2)  # as long as the whole training
-        scored.append(contestant.name)
-        return 10.0 / len(scored)
+        now[0] += 100  # which does not count
+        return float(len(contestant.name))
 
-    runner = SimpleNamespace(name="slow", train_step=lambda x0, y: time.sleep(0.02))
-    start = time.perf_counter()
-    first, second = race.race(runner, batches(), [0.1 / 60, 0.2 / 60], score)
-    assert time.perf_counter() - start >= 0.6
-    assert (first["fid"], second["fid"], second["name"], second["minutes"]) == (10.0, 5.0, "slow", 0.2 / 60)
-    assert 4 <= first["images"] < second["images"] <= 40  # 10 steps of 4 images, or fewer on a busy machine
+    monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    racers = [racer("fast", 1.0), racer("slow", 5.0)]
+    first, second = race.race(racers, [batches(), batches()], [0.5, 1], score)
+    assert [(row["name"], row["minutes"], row["images"]) for row in first + second] == [
+        ("fast", 0.5, 4 * 30),  # a step of 4 images a second
+        ("slow", 0.5, 4 * 6),
+        ("fast", 1, 4 * 60),
+        ("slow", 1, 4 * 12),
+    ]
+    assert {row["fid"] for row in first} == {4.0}
+    assert order[:24] == (["fast"] * 10 + ["slow"] * 2) * 2
 
 
 def test_the_table_has_a_line_for_each_and_gaps_where_there_is_no_score():

@@ -30,6 +30,7 @@ from conftest import (
 )
 from torch import Tensor
 
+import config
 import train
 from src.data import datasets
 from src.ema import EMA
@@ -295,7 +296,7 @@ def test_a_compiled_run_leaves_the_checkpoint_of_a_plain_one(quick, saved, tmp_p
     # Code that torch compiled and cached under other limits on the processor's instructions yields NaN under these.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     # With 8 channels, each group of a GroupNorm has one, and the gradient of a bias before it is only rounding.
-    flags = ["--precision", "float32", "--unet_dim", 16]
+    flags = "--precision float32 --unet_dim 16 --learning_rate 1e-3 --lr_warmup 0 --lr_decay 0".split()
     quick("plain", "--epochs", 1, *flags)
     quick("compiled", "--epochs", 1, *flags, "--compile")
     plain, compiled = saved("plain"), saved("compiled")
@@ -472,7 +473,7 @@ SHAPING = [
     ("model", [], ["--learning_rate", "1e-2"]),
     ("model", [], ["--grad_clip", "1e-3"]),
     ("model", [], ["--lr_warmup", "3"]),
-    ("model", [], ["--lr_decay", "0.5"]),
+    ("model", ["--lr_warmup", "0"], ["--lr_decay", "0.5"]),
     ("model", [], ["--adam_beta2", "0.9"]),
     ("model", [], ["--dropout", "0.1"]),
     ("model", [], ["--no-class_conditional"]),
@@ -597,9 +598,10 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(quick, failing
 
 
 def test_a_learning_rate_given_on_resume_is_used_and_said(quick, saved, caplog):
-    quick("run", "--epochs", 1)
-    quick("run", "--epochs", 2, "--learning_rate", "1e-4")
-    assert "LEARNING_RATE was 0.001 and is now 0.0001" in caplog.text
+    steady = "--lr_warmup", 0, "--lr_decay", 0
+    quick("run", "--epochs", 1, *steady)
+    quick("run", "--epochs", 2, *steady, "--learning_rate", "1e-4")
+    assert f"LEARNING_RATE was {config.LEARNING_RATE} and is now 0.0001" in caplog.text
     assert saved("run")["optimizer"]["param_groups"][0]["lr"] == 1e-4
 
 

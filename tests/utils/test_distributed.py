@@ -29,7 +29,7 @@ from src.utils.torchrun import VARIABLES, Place, place
 # is nothing but rounding, of which Adam makes whole steps.
 NETWORK = "--unet_dim 16 --unet_dim_mults 1 2 --time_steps 50".split()
 FLAGS = [*SMALL, *NETWORK, *"--ema_decay 0.9 --precision float32 --save_every 1 --log_every 1".split()]
-FLAGS += ["--accumulate", "5"]
+FLAGS += "--accumulate 5 --learning_rate 1e-3 --lr_warmup 0 --lr_decay 0".split()
 TOLERANCE = 2e-5  # of weights after 8 steps of 1e-3, as sums are taken in another order
 TIMEOUT = 600  # seconds, for what takes 10 on an idle machine: two processes share the processor, with others perhaps
 
