@@ -237,7 +237,7 @@ if (typeof document === "undefined") {
       postMessage({ id, error: error.message });
     }
   };
-  onmessage = ({ data }) => (data.stop ? (stopped = data.stop) : (work = work.then(() => handle(data))));
+  onmessage = ({ data }) => ("stop" in data ? (stopped = data.stop) : (work = work.then(() => handle(data))));
 }
 
 // ---- 3. The page -------------------------------------------------------------------------------------------
