@@ -36,10 +36,11 @@ ENVIRONMENT = {
 # A network of 35,000 parameters, and few images: seconds where the defaults take hours.
 NETWORK = "--unet_dim 8 --unet_dim_mults 1 2 --time_steps 50".split()
 SMALL = "--dataset fashion-mnist-tiny --val_size 600 --batch_size 50 --num_samples 4 --steps 5 --device cpu".split()
-# For runs in this process (see `quick`): of the 60 images that are left, 40 are trained on in 4 steps an epoch.
+# For runs in this process (see `quick`): of the 60 images that are left, 40 are trained on in 4 steps an epoch. With a
+# constant learning rate, so that a run of two epochs begins as one of one epoch does.
 TINIEST = """
     --dataset fashion-mnist-tiny --image_size 28 --val_size 20 --batch_size 10 --num_samples 2 --steps 3
-    --ema_decay 0.9 --save_every 1 --sample_every 1 --log_every 1 --device cpu
+    --lr_warmup 0 --lr_decay 0 --ema_decay 0.9 --save_every 1 --sample_every 1 --log_every 1 --device cpu
 """.split()
 
 

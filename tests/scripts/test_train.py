@@ -296,7 +296,7 @@ def test_a_compiled_run_leaves_the_checkpoint_of_a_plain_one(quick, saved, tmp_p
     # Code that torch compiled and cached under other limits on the processor's instructions yields NaN under these.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     # With 8 channels, each group of a GroupNorm has one, and the gradient of a bias before it is only rounding.
-    flags = "--precision float32 --unet_dim 16 --learning_rate 1e-3 --lr_warmup 0 --lr_decay 0".split()
+    flags = "--precision float32 --unet_dim 16 --learning_rate 1e-3".split()
     quick("plain", "--epochs", 1, *flags)
     quick("compiled", "--epochs", 1, *flags, "--compile")
     plain, compiled = saved("plain"), saved("compiled")
@@ -473,7 +473,7 @@ SHAPING = [
     ("model", [], ["--learning_rate", "1e-2"]),
     ("model", [], ["--grad_clip", "1e-3"]),
     ("model", [], ["--lr_warmup", "3"]),
-    ("model", ["--lr_warmup", "0"], ["--lr_decay", "0.5"]),
+    ("model", [], ["--lr_decay", "0.5"]),
     ("model", [], ["--adam_beta2", "0.9"]),
     ("model", [], ["--dropout", "0.1"]),
     ("model", [], ["--no-class_conditional"]),
@@ -501,6 +501,23 @@ SHAPING = [
 def test_a_flag_of_training_changes_the_weights(part, base, flag, once):
     base = ["--epochs", 1, "--precision", "float32", *base]
     assert differences(once(*base)["final.pth"][part], once(*base, *flag)["final.pth"][part])
+
+
+def test_defaults_fit_the_training(data, tmp_path):
+    def trained_by(*flags):
+        return train.Trainer(quick_arguments(data, tmp_path, *flags), World(torch.device("cpu"))).args
+
+    few_steps = "--objective", "consistency"
+    assert trained_by().time_sampling == config.TIME_SAMPLING != "stratified"
+    assert trained_by(*few_steps).time_sampling == "stratified"
+    assert trained_by(*few_steps, "--time_sampling", "uniform").time_sampling == "uniform"
+    flags = [*SMALL, *NETWORK, "--data_path", data, "--epochs"]  # 8 steps an epoch
+    short, long = (
+        train.Trainer(arguments(train, *flags, epochs), World(torch.device("cpu"))).args for epochs in (10, 1000)
+    )
+    assert (short.lr_warmup, long.lr_warmup) == (8, config.LR_WARMUP)
+    given = arguments(train, *flags, 10, "--lr_warmup", 20)
+    assert train.Trainer(given, World(torch.device("cpu"))).args.lr_warmup == 20
 
 
 def test_the_same_seed_gives_the_same_run(quick, saved):
@@ -598,9 +615,8 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(quick, failing
 
 
 def test_a_learning_rate_given_on_resume_is_used_and_said(quick, saved, caplog):
-    steady = "--lr_warmup", 0, "--lr_decay", 0
-    quick("run", "--epochs", 1, *steady)
-    quick("run", "--epochs", 2, *steady, "--learning_rate", "1e-4")
+    quick("run", "--epochs", 1)
+    quick("run", "--epochs", 2, "--learning_rate", "1e-4")
     assert f"LEARNING_RATE was {config.LEARNING_RATE} and is now 0.0001" in caplog.text
     assert saved("run")["optimizer"]["param_groups"][0]["lr"] == 1e-4
 
