@@ -406,7 +406,6 @@ export function start(url) {
     $("controls").inert = true; // until there is a model
     $("status").textContent = `Loading ${url} ...`;
     if (new URL(url, location.href).origin !== location.origin) throw new Error(`${url} is on another server.`);
-    stop();
     settings = await load({ url, bytes: await file?.arrayBuffer() });
     const { classes, objective, backend, steps } = settings;
     const options = classes.map((name, i) => new Option(name, i)), none = () => new Option("no class", classes.length);
