@@ -155,7 +155,9 @@ def main(args: argparse.Namespace) -> int:
             if difference <= 1:
                 break
         else:
-            raise errors.UserError(f"an exported pixel differs by {difference}: use other versions of onnx and torch")
+            raise errors.UserError(
+                f"an exported pixel differs by {difference}: pip install -U -r docs/requirements.txt"
+            )
         onnx.helper.set_model_props(model, metadata(state["settings"], Generator(unet, diffusion, **how)))
         checkpoint.write(Path(args.output), content := model.SerializeToString())
     log.info("wrote %s, %.1f MB, with %s weights", args.output, len(content) / 1e6, weights)

@@ -142,8 +142,18 @@ def sample(args: argparse.Namespace, world: World) -> int:
     precision = devices.pick_precision(args.precision, world.device)
     start = read_start(args, state["settings"])
     with errors.setting_errors():
-        how = args.sampler, args.steps, args.eta, precision, classes, counts, args.guidance_scale
-        generator = Generator(unet, diffusion, *how, **start)
+        generator = Generator(
+            unet,
+            diffusion,
+            sampler=args.sampler,
+            steps=args.steps,
+            eta=args.eta,
+            precision=precision,
+            classes=classes,
+            class_counts=counts,
+            guidance_scale=args.guidance_scale,
+            **start,
+        )
     with directories.output_directories({"output_dir": args.output_dir}) as (directory,):
         write_samples(generator, args, directory, world, names)
     return 0

@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src.data import datasets
+from src.data.images import Images
 from src.generation import Generator, build
 from src.training import Diverged, Learner, consistency_gap, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
@@ -60,8 +61,8 @@ class Trainer:
         self.args, self.world, self.device = args, world, world.device
         if args.batch_size % (world.size * args.accumulate):
             raise errors.SettingError(
-                f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {world.size * args.accumulate}, for each "
-                f"of {world.size} processes takes its share of it in {args.accumulate} parts (ACCUMULATE)"
+                f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {world.size * args.accumulate} "
+                f"({world.size} processes, ACCUMULATE {args.accumulate})"
             )
         self.precision = devices.pick_precision(args.precision, self.device)
         args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
@@ -71,12 +72,14 @@ class Trainer:
             args.compile = False
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
 
-        where = args.dataset, args.data_path
-        size = args.image_size, args.channels
-        load = lambda: (*datasets.load(*where, "train", *size), datasets.digests(*where, "train"))  # noqa: E731
+        def load() -> tuple[Images, Tensor, Tensor]:
+            images, labels = datasets.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
+            return images, labels, datasets.digests(args.dataset, args.data_path, "train")
+
         images, labels, digests = world.main_first(load)  # the main process may have to download or to fill a cache
-        sizes = len(images), args.val_size, args.batch_size, world.size * args.accumulate, args.given
-        args.val_size, args.batch_size = datasets.training_sizes(*sizes)
+        args.val_size, args.batch_size = datasets.training_sizes(
+            len(images), args.val_size, args.batch_size, parts=world.size * args.accumulate, given=args.given
+        )
         count = datasets.training_count(len(images), args.val_size, args.batch_size)
         self.images, self.labels = images[:count], labels[:count]
         self.batches_per_epoch = count // args.batch_size
@@ -87,7 +90,7 @@ class Trainer:
         self.plot_due = time.monotonic()  # on a GPU an epoch may take two seconds, and the plot half of one
 
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
-        names = list(datasets.classes(*where)) if args.class_conditional else []
+        names = list(datasets.classes(args.dataset, args.data_path)) if args.class_conditional else []
         values["classes"], values["class_counts"] = names, datasets.class_counts(self.labels, len(names))
         self.held_out = images[count:], labels[count:] if names else None
         for name in datasets.left_out(names, self.labels):
@@ -104,8 +107,10 @@ class Trainer:
             cores.share(self.device)
         monitor.start_epoch(learner.epoch + 1, args.epochs, learner.steps)
         self.pace.start()
-        data = self.images, self.labels, args.batch_size, args.seed, learner.epoch, learner.batch, share
-        for x0, y in datasets.batches(*data):
+        batches = datasets.batches(
+            self.images, self.labels, args.batch_size, args.seed, learner.epoch, skip=learner.batch, part=share
+        )
+        for x0, y in batches:
             lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
             loss, norm = learner.step(x0, y, lr, self.gap(learner.steps + 1))
             learner.batch += 1
@@ -188,15 +193,29 @@ class Trainer:
             devices.float32_kernels(self.device, fast=False),
             progress(log, iterable=held_out, **bar) as batches,
         ):
-            # with the last gap, so that epochs can be compared
-            how = args.seed, self.world, signals.check, self.gap(self.steps)
-            return validation_loss(model, self.diffusion, batches, len(images), *how)
+            return validation_loss(
+                model,
+                self.diffusion,
+                batches,
+                count=len(images),
+                seed=args.seed,
+                world=self.world,
+                on_batch=signals.check,
+                gap=self.gap(self.steps),  # the last one, so that epochs can be compared
+            )
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
         """NUM_SAMPLES images of the averaged weights as one picture (C,H,W) uint8, from the same noise every time."""
         args, model = self.args, self.learner.ema.model
-        how = args.sampler, args.steps, args.eta, self.precision
-        generator = Generator(model, self.diffusion, *how, class_counts=self.values["class_counts"])
+        generator = Generator(
+            model,
+            self.diffusion,
+            sampler=args.sampler,
+            steps=args.steps,
+            eta=args.eta,
+            precision=self.precision,
+            class_counts=self.values["class_counts"],
+        )
         bar = {"desc": "drawing samples", "unit": " images", "total": args.num_samples, "leave": False}
         with progress_in_steps(log, generator.steps, **bar) as advance:
 
@@ -207,12 +226,18 @@ class Trainer:
             draw = partial(generator.images, args.seed, on_step=on_step)
             return pictures.image_grid(torch.cat(list(self.world.divide(draw, args.num_samples, args.batch_size))))
 
+    def monitor(self) -> Monitor | Silence:
+        """What shows and logs the progress, in the main process only."""
+        if not self.world.is_main:
+            return Silence()
+        args = self.args
+        return Monitor(Path(args.log_path), self.learner.steps, self.steps, args.batch_size, args.log_every)
+
     def run(self) -> int:
         """Train to the last epoch, or until a signal; returns the exit status."""
         args, learner = self.args, self.learner
-        progress = Path(args.log_path), learner.steps, self.steps, args.batch_size, args.log_every
         with (
-            Monitor(*progress) if self.world.is_main else Silence() as monitor,
+            self.monitor() as monitor,
             logging_redirect_tqdm(),
             StopSignals(self.world.maximum) as signals,
         ):
@@ -263,7 +288,7 @@ def go_on(trainer: Trainer) -> int:
     try:
         return trainer.run()
     except Diverged as error:
-        advice = "nothing was saved since latest.pth. Reduce --learning_rate"
+        advice = "nothing of it was saved. The same command with a lower --learning_rate goes on from the last save"
         raise errors.UserError(f"training diverged: {error}; {advice}") from error
 
 

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LOGIT_MEAN, LOGIT_SCALE = -0.2, 1.2  # of logit-normal timesteps: half of them lie between 0.27 T and 0.65 T
 HUBER_C = 0.002  # c of the pseudo-Huber loss √(mean square of the error of v + c²) - c
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
+# src/utils/settings.py reads these tables, and SCHEDULES, from the source text: keep them literal.
 PREDICTIONS = ("noise", "x0", "v")  # what the network predicts; see `Diffusion.target`
 LOSS_WEIGHTS = ("uniform", "min_snr")  # weight of each timestep in the loss; see `Diffusion.weight`
 TIME_SAMPLINGS = ("uniform", "stratified", "logit_normal")  # how training timesteps are drawn; see `draw_times`
@@ -54,14 +56,16 @@ def draw_times(count: int, time_steps: int, sampling: str) -> Tensor:
     "uniform" draws them independently. "stratified" divides the range into `count` equal strata and draws one timestep
     from each, in ascending order. Every batch then covers all noise levels, and its loss varies less (similar to
     Kingma et al. 2021, appendix I.1, where all strata share one offset). "logit_normal" maps such stratified numbers
-    to u = sigmoid(1.2 z - 0.2), z ~ N(0, 1), so that the middle is trained most (Esser et al. 2024, eq. 19).
+    to u = sigmoid(LOGIT_MEAN + LOGIT_SCALE z), z ~ N(0, 1), so that the middle is trained most (Esser et al. 2024,
+    eq. 19). Of a million timesteps, 11 are then below 0.005 T and 3 above 0.995 T: there, the network extrapolates.
     """
     if sampling == "uniform":
         return torch.randint(time_steps, (count,))
-    u = (torch.arange(count) + torch.rand(count)) / count  # (count,) in [0, 1]
+    u = (torch.arange(count) + torch.rand(count).double()) / count  # (count,) in [0, 1): in float32, 1 might come out
     if sampling == "logit_normal":
-        u = torch.sigmoid(1.2 * torch.special.ndtri(u) - 0.2)  # ndtri, the inverse of N(0, 1)'s distribution function
-    return (time_steps * u).long().clamp(max=time_steps - 1)
+        z = torch.special.ndtri(u)  # the inverse of the distribution function of N(0, 1)
+        u = torch.sigmoid(LOGIT_MEAN + LOGIT_SCALE * z)
+    return (time_steps * u).long()
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -177,7 +181,7 @@ class Diffusion:
         return self.per_image(variance.sqrt()), self.per_image(remaining.sqrt())
 
     def loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Weighted mean squared error, a scalar; L_simple for noise and uniform weights (Ho et al., eq. 14)."""
+        """Weighted mean squared error, a scalar; L_simple (Ho et al., eq. 14) for noise with uniform weights and t."""
         output = network(self.q_sample(x0, t, eps), send(t, self.device))
         error = torch.nn.functional.mse_loss(output, self.target(x0, t, eps), reduction="none")
         return (self.weight(t) * error).mean()
@@ -196,10 +200,12 @@ class Diffusion:
         r = self.less_noisy(t, gap)  # (B,)
         x_t, x_r = self.q_sample(x0, t, eps), self.q_sample(x0, r, eps)  # (B, C, H, W)
         generators = [] if self.device.type == "cpu" else [self.device]
-        with torch.no_grad(), torch.random.fork_rng(generators, device_type=self.device.type):  # same dropout masks
-            x0 = self.predict_x0(x_r, r, network(x_r, send(r.clamp(min=0), self.device)))
+        # fork_rng restores the generator, so that the second evaluation has the dropout masks of the first one.
+        with torch.no_grad(), torch.random.fork_rng(generators, device_type=self.device.type):
+            x0_from_r = self.predict_x0(x_r, r, network(x_r, send(r.clamp(min=0), self.device)))
+        x0_from_t = self.predict_x0(x_t, t, network(x_t, send(t, self.device)))
         _, noise = self.signal_and_noise(t)
-        error = (self.predict_x0(x_t, t, network(x_t, send(t, self.device))) - x0) / noise  # (B, C, H, W)
+        error = (x0_from_t - x0_from_r) / noise  # (B, C, H, W)
         square = self.weight(t) * error.square().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
         return ((square + HUBER_C**2).sqrt() - HUBER_C).mean()
 

@@ -19,9 +19,13 @@ class EMA(Generic[Model]):
     Args:
         model: the model in training; the average starts from its present weights.
         decay: in [0, 1). 0.995 averages over about 1 / (1 - decay) = 200 steps, from step 1,800 on.
+
+    Raises ValueError if the model keeps buffers in its state_dict, as BatchNorm does: they would not be averaged.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
+        if buffers := model.state_dict().keys() - dict(model.named_parameters()).keys():
+            raise ValueError(f"EMA averages parameters only, and the model has buffers: {', '.join(sorted(buffers))}")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 

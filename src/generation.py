@@ -18,10 +18,24 @@ def build(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> tu
     `settings` are those of a checkpoint: the constants of config.py with lower-case names, and "classes", the list of
     class names, which is empty for an unconditional model.
     """
-    s = settings
-    network = s["image_size"], s["channels"], s["unet_dim"], s["unet_dim_mults"], len(s["classes"])
-    process = s["time_steps"], s["schedule_type"], s["beta_start"], s["beta_end"], s["prediction"], s["loss_weight"]
-    unet, diffusion = UNet(*network, s["dropout"], s["encoder_attention"]), Diffusion(*process, device)
+    unet = UNet(
+        image_size=settings["image_size"],
+        channels=settings["channels"],
+        dim=settings["unet_dim"],
+        dim_mults=settings["unet_dim_mults"],
+        num_classes=len(settings["classes"]),
+        dropout=settings["dropout"],
+        encoder_attention=settings["encoder_attention"],
+    )
+    diffusion = Diffusion(
+        time_steps=settings["time_steps"],
+        schedule=settings["schedule_type"],
+        beta_start=settings["beta_start"],
+        beta_end=settings["beta_end"],
+        prediction=settings["prediction"],
+        loss_weight=settings["loss_weight"],
+        device=device,
+    )
     return unet.to(device).to(memory_format=torch.channels_last), diffusion
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION_RESOLUTIONS = (16, 8)  # feature maps of this height get self-attention, as does the middle (Ho et al.: 16)
+ATTENTION_RESOLUTIONS = range(8, 17)  # feature maps of such a height get self-attention, as does the middle
 LARGEST_SEPARABLE = 8  # 3×3 convolutions of ResNet blocks are depthwise-separable up to this height
 HEAD_WIDTH = 64  # channels per attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; every width must be a multiple of it
@@ -110,7 +110,7 @@ def attention_at(resolution: int, channels: int) -> nn.Module:
 
 
 class UpLevel(nn.Module):
-    """One resolution of the decoder: a ResNet block and, at 16×16 and 8×8, self-attention."""
+    """One resolution of the decoder: a ResNet block and, from 8×8 to 16×16, self-attention."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, resolution: int, dropout: float) -> None:
         super().__init__()

@@ -138,6 +138,7 @@ class Sampler:
     stochastic: bool
 
 
+# src/utils/settings.py reads this table from the source text: keep it a literal dictionary.
 SAMPLERS = {
     "ddpm": Sampler(ddpm, steps=50, stochastic=True),
     "ddim": Sampler(ddim, steps=50, stochastic=False),

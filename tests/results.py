@@ -15,16 +15,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "weights/scores"
 BEGIN, END = "<!-- scores: written by tests/results.py -->\n", "<!-- end of scores -->\n"
 
-PICTURES = {  # file in docs → flags of sample.py, and the file that it writes
-    "classes.png": ("--class all --num_samples 100 --guidance_scale 1.5", "grid.png"),
-    "interpolation.png": ("--num_samples 1 --interpolate --seed 7", "interpolation.png"),
-    "denoising.gif": ("--num_samples 16 --gif", "denoising.gif"),
+PICTURES = {  # file in docs → flags of sample.py, the file that it writes, and how much each pixel is enlarged
+    "classes.png": ("--class all --num_samples 100 --guidance_scale 1.5", "grid.png", 3),
+    "interpolation.png": ("--class bag --num_samples 1 --interpolate --seed 7", "interpolation.png", 3),
+    "denoising.gif": ("--num_samples 16 --gif", "denoising.gif", 2),
 }
 # For docs/editing.png: corners of polygons, in pixels of 28×28, and the strengths.
 SHIRT = ((8, 2), (19, 2), (27, 8), (23, 13), (19, 10), (19, 25), (8, 25), (8, 10), (4, 13), (0, 8))
@@ -60,11 +60,23 @@ def run(script: str, weights: str, flags: str, output: str) -> None:
 
 def draw() -> None:
     """Make all pictures."""
-    for name, (flags, product) in PICTURES.items():
+    for name, (flags, product, scale) in PICTURES.items():
         with tempfile.TemporaryDirectory() as scratch:
             run("sample.py", "fashion-mnist.pth", flags, scratch)
-            shutil.copyfile(Path(scratch, product), ROOT / "docs" / name)
+            enlarge(Path(scratch, product), ROOT / "docs" / name, scale)
     draw_editing()
+
+
+def enlarge(source: Path, target: Path, scale: int) -> None:
+    """Copy a picture or an animation with each pixel as scale × scale: browsers would blur it."""
+    with Image.open(source) as picture:
+        frames, durations = [], []
+        for frame in ImageSequence.Iterator(picture):
+            durations.append(frame.info.get("duration", 0))
+            size = scale * frame.width, scale * frame.height
+            frames.append(frame.convert("L").resize(size, Image.Resampling.NEAREST))
+        several = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+        frames[0].save(target, **(several if len(frames) > 1 else {"optimize": True}))
 
 
 def draw_editing() -> None:
@@ -81,7 +93,8 @@ def draw_editing() -> None:
         results = [edit(sketch, f"{s}", f"--strength {s} --class t-shirt --num_samples 1")[0] for s in STRENGTHS]
         shirt = results[STRENGTHS.index(0.7)]
         inpainted = edit(shirt, "inpainted", f"--inpaint {mask} --class pullover --num_samples 3")
-        picture = enlarged([sketch, *results, shirt, mask, *inpainted], columns=5)
+        captions = ["sketch", *(f"strength {s}" for s in STRENGTHS), "image", "mask", *["result"] * len(inpainted)]
+        picture = captioned([sketch, *results, shirt, mask, *inpainted], captions, columns=5)
         picture.save(ROOT / "docs/editing.png", optimize=True)
 
 
@@ -93,14 +106,19 @@ def polygons(*corners: tuple[tuple[int, int], ...], grey: int) -> Image.Image:
     return image
 
 
-def enlarged(files: list[Path], columns: int, scale: int = 3) -> Image.Image:
-    """A grid of images of 32×32, or of 28×28 with a frame, each pixel enlarged to scale × scale."""
-    grid = Image.new("L", (34 * columns, 34 * -(-len(files) // columns)))
-    for i, file in enumerate(files):
+def captioned(files: list[Path], captions: list[str], columns: int, scale: int = 4, line: int = 22) -> Image.Image:
+    """A grid of images of 32×32, or of 28×28 with a frame, each pixel as scale × scale, below its caption."""
+    width, height = 34 * scale, 34 * scale + line
+    grid = Image.new("L", (width * columns, height * -(-len(files) // columns)))
+    for i, (file, caption) in enumerate(zip(files, captions, strict=True)):
+        x, y = width * (i % columns), height * (i // columns)
+        middle = x + width // 2, y + line // 2
+        ImageDraw.Draw(grid).text(middle, caption, fill=200, font=ImageFont.load_default(14), anchor="mm")
         with Image.open(file) as image:
-            margin = (34 - image.width) // 2
-            grid.paste(image, (34 * (i % columns) + margin, 34 * (i // columns) + margin))
-    return grid.resize((scale * grid.width, scale * grid.height), Image.Resampling.NEAREST)
+            margin = scale * (34 - image.width) // 2
+            size = scale * image.width, scale * image.height
+            grid.paste(image.resize(size, Image.Resampling.NEAREST), (x + margin, y + line + margin))
+    return grid
 
 
 def score(names: list[str]) -> None:
@@ -112,7 +130,7 @@ def score(names: list[str]) -> None:
             run("eval.py", weights, flags, scratch)
             shutil.copyfile(Path(scratch, "metrics.json"), FOLDER / f"{name}.json")
             if name == "fashion-mnist":
-                shutil.copyfile(Path(scratch, "neighbours.png"), ROOT / "docs/neighbours.png")
+                enlarge(Path(scratch, "neighbours.png"), ROOT / "docs/neighbours.png", 3)
 
 
 def there(name: str) -> bool:

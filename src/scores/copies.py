@@ -21,6 +21,7 @@ TEST_IMAGES = 2000  # test images whose distances to the training images are com
 RARE = 0.01  # quantile of those distances below which a generated image is flagged
 PAIRS = 16  # pairs of a generated and a training image in the picture, the nearest of all
 PAIRS_A_ROW = 4
+FRAME = 80  # grey level of the frame of each pair
 
 
 def nearest(images: Tensor, training: Images, what: str = "images") -> tuple[Tensor, Tensor]:
@@ -112,5 +113,10 @@ class Neighbours:
         return torch.stack([self.images.all()[order], self.training[index[order]]], dim=1)
 
     def picture(self) -> Tensor:
-        """Draw the pairs, nearest first, generated image left and training image right: (C, H', W') uint8."""
-        return image_grid(torch.cat([*self.pairs().unbind(1)], dim=3), columns=PAIRS_A_ROW, gap=8)
+        """Draw the pairs, nearest first, generated image left and training image right: (C, H', W') uint8.
+
+        Each pair has a grey frame.
+        """
+        pairs = torch.cat([*self.pairs().unbind(1)], dim=3)  # (PAIRS, C, H, 2W)
+        framed = torch.nn.functional.pad(pairs, (1, 1, 1, 1), value=FRAME)
+        return image_grid(framed, columns=PAIRS_A_ROW, gap=6)

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,17 @@ def load_model(
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
         sampler = flags.pick_sampler(sampler, given, state["settings"])
-        how = sampler, steps, eta, dtype, labels, counts, guidance_scale
-        generator = Generator(unet, diffusion, *how)
+        generator = Generator(
+            unet,
+            diffusion,
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            precision=dtype,
+            classes=labels,
+            class_counts=counts,
+            guidance_scale=guidance_scale,
+        )
     return Model(file, sha256, state["settings"], generator, state.get("trained_on"))
 
 
@@ -279,13 +289,14 @@ def load_data(model: Model, options: Options, world: World) -> Data:
             "--class none"
         )
     notes = world.main_first(lambda: _trained_on(model, options))
-    load = lambda: datasets.load(name, options.data_path, "train", size, channels)  # noqa: E731
-    training, training_labels = world.main_first(load)
+    load_training = partial(datasets.load, name, options.data_path, "train", size, channels)
+    training, training_labels = world.main_first(load_training)
     if options.reference == "held_out" and model.trained_on:
         now = identity.record(datasets.digests(name, options.data_path, "train"))
         if not torch.equal(now["digests"], model.trained_on["digests"]):
             raise errors.SettingError(
-                f"--reference held_out: the images in {options.data_path} are not as in training"
+                f"--reference held_out: the images in {options.data_path} are not as in training: "
+                "give the --data_path of the training, or another --reference"
             )
     held_out = slice(len(training) - settings["val_size"], None)
     reference, of = {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from src.scores import copies
 from src.utils.progress import counted
 
 MISSING = "unavailable"
@@ -91,7 +92,7 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
     sampling = f"{generated['sampler']}, {counted(generated['steps'], 'step')}, seed {generated['seed']}"
     facts += [
         ("nearest training image", f"at {median:.2f} (median; of test images {median_test:.2f})"),
-        ("suspiciously near", f"{flagged:.2%} of images, below {threshold:.2f} (1% of test images)"),
+        ("suspiciously near", f"{flagged:.2%} of images, below {threshold:.2f} ({copies.RARE:.0%} of test images)"),
         ("generated", f"{counted(generated['images'], 'image')}{classes}, {sampling}"),
         ("reference", f"{counted(reference['images'], 'image')}, {split} of {reference['dataset']}"),
     ]

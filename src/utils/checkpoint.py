@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from src.utils.errors import SettingError, UserError, first_line
+from src.utils.errors import SettingError, UserError, first_line, lacks_memory
 
 PROGRAM = "simple-ddpm"
 FORMAT = 1  # to be raised when older versions of the program cannot read the file
@@ -112,6 +112,8 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, RuntimeError, ValueError) as error:
+        if lacks_memory(error) or type(error).__name__ == "AcceleratorError":  # of the device, not of the file
+            raise
         raise other_version(path) from error
 
 

@@ -41,7 +41,10 @@ def pick_device(name: str) -> torch.device:
         name = f"{kind}:{(number := str(here.local_rank))}"
     count = count if kind == accelerator else 0
     if int(number or 0) >= count:
-        raise SettingError(f"--device {name}: torch sees {count} {kind} devices; use --device {accelerator or 'cpu'}")
+        remedy = f"use --device {accelerator or 'cpu'}"
+        if count and here.size > 1:
+            remedy = f"start at most {count} processes (torchrun --nproc_per_node {count}), or use --device cpu"
+        raise SettingError(f"--device {name}: torch sees {count} {kind} device{'s' * (count != 1)}; {remedy}")
     return torch.device(name)
 
 
@@ -67,7 +70,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def describe_device(device: torch.device, precision: torch.dtype) -> str:
     """Describe the device and the precision for the log, as "cpu (2 threads), bfloat16"."""
     if device.type == "cpu":
-        name = f" ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f" ({threads} thread{'s' * (threads != 1)})"
     else:
         module = torch.get_device_module(device)
         name = f" ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else ""

@@ -136,7 +136,7 @@ def run(main: Callable[[], int], script: str, quiet: bool) -> None:
         message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         status = 1
-        if _lacks_memory(error):
+        if lacks_memory(error):
             message = f"out of memory: reduce --batch_size or, in training, the network ({first_line(error)})"
         elif _lost_a_process(error):
             message = f"another process of this run has gone: its own message says why ({first_line(error)})"
@@ -195,7 +195,7 @@ def _no_package(error: ImportError) -> str:
     return f"{what}: run pip install -r {file}"
 
 
-def _lacks_memory(error: Exception) -> bool:
+def lacks_memory(error: Exception) -> bool:
     """Whether an error means that the memory of the CPU or of an accelerator is exhausted."""
     # torch's errors are recognised by name or text, so that this module need not import torch.
     return (

@@ -146,8 +146,10 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
     epochs = range(1, len(train) + 1)
     marker = "o" if len(train) < 30 else None
     axes.plot(epochs, train, marker=marker, label="training: mean over the epoch")
-    axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights")
-    axes.set(xlabel="epoch", ylabel="mean squared error of the prediction", yscale="log")
+    axes.plot(epochs, validation, marker=marker, label="validation: averaged (EMA) weights, timesteps evenly spread")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")  # 0.1, not 10⁻¹
+    axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.locator_params(axis="x", integer=True)
     if len(train) == 1:
         axes.set_xlim(0, 2)  # a single point gives no range for the ticks

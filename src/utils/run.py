@@ -1,6 +1,7 @@
 """The checkpoints of one training run: what they hold, when latest.pth is due, and how a run goes on from one."""
 
 import argparse
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ RESULTS = {  # of a run, beside its checkpoints
 }
 
 
-class Learner(Protocol):
+class Trainable(Protocol):
     """What is trained; `src.training.Learner` is one."""
 
     model: Any  # the network
@@ -61,7 +62,7 @@ class Run:
     def __init__(
         self,
         args: argparse.Namespace,
-        learner: Learner,
+        learner: Trainable,
         world: World,
         values: Mapping[str, Any],
         data: str,
@@ -149,7 +150,7 @@ class Run:
                 "other paths (--run DIR, or --checkpoint_path, --output_path, --log_path)"
             )
         start = saved.get("init_from") or {}
-        if args.init_from and Path(args.init_from).name != start.get("file"):
+        if args.init_from and not _same_file(Path(args.init_from), start):
             raise SettingError(
                 f"{path} cannot be resumed with --init_from {args.init_from}: it did not start from that file. "
                 "Leave the flag out to go on, or start a new run with other paths"
@@ -175,3 +176,10 @@ class Run:
         recorded = saved.get("trained_on", {"count": 0})
         fewer = recorded["count"] - len(self.digests)
         return fewer if 0 < fewer < recorded["count"] and not identity.known(recorded, self.digests)[1] else 0
+
+
+def _same_file(path: Path, start: Mapping[str, str]) -> bool:
+    """Whether a run that began with the weights `start` began with this file; by its name alone if it has gone."""
+    if not path.is_file():
+        return path.name == start.get("file")
+    return hashlib.sha256(path.read_bytes()).hexdigest() == start.get("sha256")

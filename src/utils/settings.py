@@ -98,7 +98,7 @@ SETTINGS = {
     "EPOCHS": _at_least(1, resume="free"),
     "GRAD_CLIP": Setting(holds=lambda v: v > 0, wording="a positive number (inf = never clip)", resume="noted"),
     "EMA_DECAY": Setting(holds=lambda v: 0 <= v < 1, wording="at least 0 and below 1, such as 0.995"),
-    "SEED": Setting(ALL, holds=lambda v: 0 <= v < 2**63, wording="from 0 to 2^63 - 1"),
+    "SEED": Setting(ALL, holds=lambda v: 0 <= v < 2**32, wording="from 0 to 2^32 - 1"),
     "PRECISION": _one_of(("auto", "float32", "bfloat16"), ALL),
     "DROPOUT": Setting(holds=lambda v: 0 <= v < 1, wording="at least 0 and below 1"),
     "COMPILE": Setting(resume="noted"),

@@ -130,3 +130,9 @@ def test_shadow_of_the_unet_averages_every_weight():
     ema.update(model, LATE)
     expected = {name: w + 0.5 for name, w in start.state_dict().items()}
     torch.testing.assert_close(ema.model.state_dict(), expected)
+
+
+def test_a_model_whose_buffers_would_not_be_averaged_is_refused():
+    with pytest.raises(ValueError, match=r"buffers: 1\.num_batches_tracked, 1\.running_mean, 1\.running_var"):
+        EMA(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), 0.9)
+    EMA(nn.BatchNorm2d(2, track_running_stats=False), 0.9)

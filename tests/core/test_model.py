@@ -117,9 +117,10 @@ def test_without_encoder_attention_the_network_is_that_of_older_checkpoints():
     ("options", "expected"),
     [
         ({"image_size": 64, "dim_mults": (1, 2, 4, 8)}, {(16, 16): 2, (8, 8): 3}),  # whose middle is at 8×8
+        ({"image_size": 40, "dim_mults": (1, 2, 4, 8)}, {(10, 10): 2, (5, 5): 1}),
         ({"image_size": 16, "dim_mults": (1, 2, 4)}, {(16, 16): 2, (8, 8): 2, (4, 4): 1}),
         ({"image_size": 32, "dim_mults": (1, 2)}, {(16, 16): 3}),
-        ({"image_size": 28, "dim_mults": (1, 2)}, {(14, 14): 1}),
+        ({"image_size": 28, "dim_mults": (1, 2)}, {(14, 14): 3}),
     ],
 )
 def test_attention_follows_the_size_of_the_map_and_not_the_level(options, expected):

@@ -51,7 +51,7 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --grad_clip nan", 2, "GRAD_CLIP is nan, but must be a positive number"),
     ("train.py --ema_decay 1", 2, "EMA_DECAY is 1.0, but must be at least 0 and below 1"),
     ("train.py --ema_decay -0.1", 2, "EMA_DECAY is -0.1, but must be at least 0 and below 1"),
-    ("train.py --seed -1", 2, "SEED is -1, but must be from 0 to 2^63 - 1"),
+    ("train.py --seed -1", 2, "SEED is -1, but must be from 0 to 2^32 - 1"),
     ("train.py --time_steps 1", 2, "TIME_STEPS is 1, but must be at least 2"),
     ("train.py --steps 51", 2, "STEPS must be at most TIME_STEPS (STEPS is 51, TIME_STEPS is 50)"),
     ("train.py --save_minutes -1", 2, "SAVE_MINUTES is -1.0, but must be 0"),

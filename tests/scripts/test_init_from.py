@@ -79,6 +79,15 @@ def test_a_run_that_began_otherwise_is_not_resumed_with_the_flag(source, quick):
         quick("source", "--epochs", 2, "--init_from", BUNDLED)
 
 
+def test_a_file_is_known_by_its_content_not_by_its_name(source, quick, tmp_path):
+    quick("run", "--epochs", 1, "--init_from", source / "weights.pth")
+    renamed, namesake = tmp_path / "renamed.pth", tmp_path / "run/checkpoint/weights.pth"
+    renamed.write_bytes((source / "weights.pth").read_bytes())
+    quick("run", "--epochs", 2, "--init_from", renamed)
+    with pytest.raises(SettingError, match="did not start from that file"):
+        quick("run", "--epochs", 3, "--init_from", namesake)
+
+
 # ---- weights that do not fit ---------------------------------------------------------------------------------
 
 

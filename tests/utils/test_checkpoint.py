@@ -87,6 +87,11 @@ def test_content_that_does_not_fit_is_explained_as_another_version_s(error, path
         raise OSError
 
 
+def test_a_full_gpu_is_no_mistake_of_the_file_s(path):
+    with pytest.raises(torch.OutOfMemoryError), checkpoint.explained(path):  # which is a RuntimeError
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_read_nor_written(number, path):
     before, ruined = path.read_bytes(), {"ema": {"weight": torch.tensor([1.0, number])}}

@@ -77,14 +77,14 @@ def test_each_process_takes_an_accelerator_of_its_own(machine, monkeypatch):
     with pytest.raises(SettingError, match="--device xpu:0 is for one process: with several give xpu"):
         pick_device("xpu:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SettingError, match="--device xpu:2: torch sees 2 xpu devices; use --device xpu"):
+    with pytest.raises(SettingError, match="--device xpu:2: torch sees 2 xpu devices; start at most 2 processes"):
         pick_device("auto")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps:1", "xpu:2", "tpu", "meta"])
 def test_an_absent_device_is_refused_with_one_that_is_there(name, machine):
     machine("mps", 1)
-    with pytest.raises(SettingError, match=f"--device {name}: torch sees . {name[:3]}.* devices; use --device mps"):
+    with pytest.raises(SettingError, match=f"--device {name}: torch sees . {name[:3]}.* devices?; use --device mps"):
         pick_device(name)
     machine("", 0)
     with pytest.raises(SettingError, match="use --device cpu"):
