@@ -59,35 +59,19 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         self.args, self.world, self.device = args, world, world.device
-        if args.batch_size % (world.size * args.accumulate):
-            raise errors.SettingError(
-                f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {world.size * args.accumulate} "
-                f"({world.size} processes, ACCUMULATE {args.accumulate})"
-            )
+        self.pace = Pace()
+        self.plot_due = time.monotonic()  # on a GPU an epoch may take two seconds, and the plot half of one
         self.precision = devices.pick_precision(args.precision, self.device)
-        args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
-        if args.objective == "consistency" and "time_sampling" not in args.given:
-            args.time_sampling = "stratified"  # one step starts at T - 1, which logit_normal hardly ever draws
-        if args.compile and world.maximum(int(not devices.can_compile(self.device))):
-            args.compile = False
+        self.settle()
         torch.manual_seed(args.seed)  # initial weights and, from then on, every t and eps
 
-        def load() -> tuple[Images, Tensor, Tensor]:
-            images, labels = datasets.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
-            return images, labels, datasets.digests(args.dataset, args.data_path, "train")
-
-        images, labels, digests = world.main_first(load)  # the main process may have to download or to fill a cache
-        args.val_size, args.batch_size = datasets.training_sizes(
-            len(images), args.val_size, args.batch_size, parts=world.size * args.accumulate, given=args.given
-        )
-        count = datasets.training_count(len(images), args.val_size, args.batch_size)
+        images, labels, digests = world.main_first(self.load)  # the main process may download, or fill a cache
+        count = self.settle_sizes(len(images))
         self.images, self.labels = images[:count], labels[:count]
         self.batches_per_epoch = count // args.batch_size
         self.steps = args.epochs * self.batches_per_epoch  # of the whole run
         if "lr_warmup" not in args.given:
             args.lr_warmup = min(args.lr_warmup, self.steps // 10)
-        self.pace = Pace()
-        self.plot_due = time.monotonic()  # on a GPU an epoch may take two seconds, and the plot half of one
 
         self.values = values = {name: getattr(args, name) for name in map(str.lower, settings.of_script("train"))}
         names = list(datasets.classes(args.dataset, args.data_path)) if args.class_conditional else []
@@ -99,6 +83,34 @@ class Trainer:
         model, self.diffusion = build(values, self.device)
         self.learner = Learner(model, self.diffusion, world, self.precision, values)
         self.checkpoints = Run(args, self.learner, world, values, self.data, digests, str(self.precision))
+
+    def settle(self) -> None:
+        """Set the settings that depend on others or on the machine. Raises SettingError if they do not fit."""
+        args, parts = self.args, self.world.size * self.args.accumulate
+        if args.batch_size % parts:
+            raise errors.SettingError(
+                f"BATCH_SIZE is {args.batch_size}, and must be a multiple of {parts} "
+                f"({self.world.size} processes, ACCUMULATE {args.accumulate})"
+            )
+        args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
+        if args.objective == "consistency" and "time_sampling" not in args.given:
+            args.time_sampling = "stratified"  # one step starts at T - 1, which logit_normal hardly ever draws
+        if args.compile and self.world.maximum(int(not devices.can_compile(self.device))):
+            args.compile = False
+
+    def load(self) -> tuple[Images, Tensor, Tensor]:
+        """The images of the train split, their classes, and the short hashes of their files."""
+        args = self.args
+        images, labels = datasets.load(args.dataset, args.data_path, "train", args.image_size, args.channels)
+        return images, labels, datasets.digests(args.dataset, args.data_path, "train")
+
+    def settle_sizes(self, available: int) -> int:
+        """Set VAL_SIZE and BATCH_SIZE for so many images; returns how many of them are trained on."""
+        args, parts = self.args, self.world.size * self.args.accumulate
+        args.val_size, args.batch_size = datasets.training_sizes(
+            available, args.val_size, args.batch_size, parts, args.given
+        )
+        return datasets.training_count(available, args.val_size, args.batch_size)
 
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""

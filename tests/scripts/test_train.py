@@ -288,7 +288,7 @@ def test_bfloat16_learns_as_float32_does(quick, saved):
         curves[precision] = torch.tensor([state["history"]["train"], state["history"]["val"]])
     exact, rounded = curves["float32"], curves["bfloat16"]
     assert (exact[:, -1] < 0.6 * exact[:, 0]).all()  # there is something to follow
-    assert 0 < (rounded / exact - 1).abs().max() < 0.005
+    assert 0 < (rounded / exact - 1).abs().max() < 5 * 2**-8  # a few roundings of bfloat16, which keeps 8 bits
 
 
 @pytest.mark.slow
