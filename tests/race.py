@@ -73,8 +73,8 @@ def race(
         ]
 
 
-def scorer(run: train.Trainer, count: int) -> Score:
-    """The FID of `count` images of a contestant against the test images of this training's data set."""
+def scorer(run: train.Trainer, count: int, steps: int) -> Score:
+    """The FID of `count` images of a contestant, in so many steps, against the test images of this training's data."""
     extractor, args = inception.Extractor(inception.weights()).to(run.device), run.args
     test, _ = datasets.load(args.dataset, args.data_path, "test", args.image_size, args.channels)
     real = metrics.reference_features(test, extractor)
@@ -82,6 +82,7 @@ def scorer(run: train.Trainer, count: int) -> Score:
     def fid(contestant: Contestant) -> float:
         network = contestant.averaged()
         how = {
+            "steps": steps,
             "precision": contestant.precision,
             "class_counts": run.values["class_counts"] if network.label is not None else (),
         }
@@ -123,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
     device = devices.pick_device("auto")
     given = ["--data_path", args.data_path] if args.data_path else []
     run = train.Trainer(flags.Parser(config, "", settings.of_script("train")).parse_args(given), World(device))
-    score = scorer(run, args.num_samples)
+    score = scorer(run, args.num_samples, args.steps)
     racers = [contestants.ours("this repository", run), *contestants.peers(device)]
     args.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -142,6 +143,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 30], help="of training, ascending")
     parser.add_argument("--num_samples", type=int, default=5000, help="images in each FID (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="of the sampler (default: 30)")
     parser.add_argument("--data_path", default="", help="directory of Fashion-MNIST (default: that of config.py)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="directory of the results")
     errors.run(lambda: main(parser.parse_args()), "race.py", False)

@@ -424,7 +424,7 @@ def calls(tmp_path_factory) -> dict[str, Calls]:
         patch.setattr(evaluation, "collect", stop)
         watch(datasets, "load", load)
         watch(devices, "pick_device", lambda name: torch.device("cpu"))
-        watch(train, "validation_loss", lambda *_: 1.0)
+        watch(train, "validation_loss", lambda *_, **__: 1.0)
         watch(UNet, "compile", lambda self: None)
         for owner, names in {
             UNet: "__init__ forward",
