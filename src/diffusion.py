@@ -57,7 +57,7 @@ def draw_times(count: int, time_steps: int, sampling: str) -> Tensor:
     from each, in ascending order. Every batch then covers all noise levels, and its loss varies less (similar to
     Kingma et al. 2021, appendix I.1, where all strata share one offset). "logit_normal" maps such stratified numbers
     to u = sigmoid(LOGIT_MEAN + LOGIT_SCALE z), z ~ N(0, 1), so that the middle is trained most (Esser et al. 2024,
-    eq. 19). Of a million timesteps, 11 are then below 0.005 T and 3 above 0.995 T: there, the network extrapolates.
+    eq. 19). Of a million timesteps, 11 are then below 0.005 T and 2 above 0.995 T: there, the network extrapolates.
     """
     if sampling == "uniform":
         return torch.randint(time_steps, (count,))

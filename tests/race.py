@@ -143,7 +143,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 30], help="of training, ascending")
     parser.add_argument("--num_samples", type=int, default=5000, help="images in each FID (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=0, help="of the sampler (default: 30)")
+    parser.add_argument("--steps", type=int, default=0, help="sampling steps (default: the sampler's own)")
     parser.add_argument("--data_path", default="", help="directory of Fashion-MNIST (default: that of config.py)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="directory of the results")
     errors.run(lambda: main(parser.parse_args()), "race.py", False)
