@@ -168,7 +168,7 @@ def load_model(
     """
     path = Path(file)
     state = checkpoint.load(path, "ema")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # at once: a training may replace the file meanwhile
+    sha256 = checkpoint.sha256(path)  # at once: a training may replace the file meanwhile
     with checkpoint.explained(path):
         unet, diffusion = restore(state, device)
     labels, counts = flags.pick_classes(classes, state["settings"])

@@ -6,6 +6,7 @@ settings, this module does not depend on its content.
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -99,6 +100,11 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
         equal = {"class_counts": [1] * len(state["settings"].get("classes", []))}  # of each class as many images
         state["settings"] = UNRECORDED | equal | state["settings"]
     return state
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

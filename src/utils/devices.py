@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from src.utils.errors import SettingError, first_line
+from src.utils.progress import counted
 from src.utils.torchrun import place
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def pick_device(name: str) -> torch.device:
         remedy = f"use --device {accelerator or 'cpu'}"
         if count and here.size > 1:
             remedy = f"start at most {count} processes (torchrun --nproc_per_node {count}), or use --device cpu"
-        raise SettingError(f"--device {name}: torch sees {count} {kind} device{'s' * (count != 1)}; {remedy}")
+        raise SettingError(f"--device {name}: torch sees {counted(count, f'{kind} device')}; {remedy}")
     return torch.device(name)
 
 
@@ -70,8 +71,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def describe_device(device: torch.device, precision: torch.dtype) -> str:
     """Describe the device and the precision for the log, as "cpu (2 threads), bfloat16"."""
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        name = f" ({threads} thread{'s' * (threads != 1)})"
+        name = f" ({counted(torch.get_num_threads(), 'thread')})"
     else:
         module = torch.get_device_module(device)
         name = f" ({module.get_device_name(device)})" if hasattr(module, "get_device_name") else ""

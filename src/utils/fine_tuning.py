@@ -1,6 +1,5 @@
 """Fine-tuning: a new training that starts from the weights of another one."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,4 +56,4 @@ def initialise(
         if before.get(name) != settings[name]:
             log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
     network.load_state_dict(own | fitting)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return checkpoint.sha256(path)

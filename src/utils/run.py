@@ -1,7 +1,6 @@
 """The checkpoints of one training run: what they hold, when latest.pth is due, and how a run goes on from one."""
 
 import argparse
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -182,4 +181,4 @@ def _same_file(path: Path, start: Mapping[str, str]) -> bool:
     """Whether a run that began with the weights `start` began with this file; by its name alone if it has gone."""
     if not path.is_file():
         return path.name == start.get("file")
-    return hashlib.sha256(path.read_bytes()).hexdigest() == start.get("sha256")
+    return checkpoint.sha256(path) == start.get("sha256")
