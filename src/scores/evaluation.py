@@ -156,8 +156,8 @@ def load_model(
     Args:
         file: path of the checkpoint.
         device: of the network and of the images.
-        given: names of the flags on the command line; if "sampler" is not among them, a model of consistency training
-            is sampled by `consistency`.
+        given: names of the flags on the command line; if "sampler" is not among them, a model of consistency
+            distillation is sampled by `consistency`.
         sampler, steps, eta, guidance_scale: as for `Generator`.
         precision: "float32", "bfloat16" or "auto".
         classes: as --class: names or numbers of the classes to generate in turn, or "all" or "none" alone; empty for
@@ -257,18 +257,24 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
     scores = collect(scorers)
     scores["notes"] += data.notes
     facts = protocol(model, options, len(data.reference), len(data.test)) | scorers.networks
-    if not options.classifier_only:
-        bound, extent = bits_per_dim(generator, data.test, data.test_labels, options.seed)
-        scores, facts = scores | bound, facts | extent
-    text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
+    save_scores = partial(_save_scores, directory / "metrics.json", seconds)
     try:
-        with errors.writing(directory / "metrics.json"):
-            (directory / "metrics.json").write_text(text + "\n")
-    finally:  # an hour's work: if there is no place for it, then at least on the screen
+        save_scores(scores, facts)  # an hour's work, before the bound takes some minutes more
+        pictures.save_png(pictures.image_grid(shown), directory / "grid.png")
+        pictures.save_png(scorers.copies.picture(), directory / "neighbours.png")
+        if not options.classifier_only:
+            bound, extent = bits_per_dim(generator, data.test, data.test_labels, options.seed)
+            scores, facts = scores | bound, facts | extent
+            save_scores(scores, facts)
+    finally:  # if there is no place for it, then at least on the screen
         errors.print_results(report.table(scores, facts))
-    pictures.save_png(pictures.image_grid(shown), directory / "grid.png")
-    pictures.save_png(scorers.copies.picture(), directory / "neighbours.png")
     log.info("wrote metrics.json, grid.png and neighbours.png to %s", directory)
+
+
+def _save_scores(path: Path, seconds: float, scores: dict[str, Any], facts: dict[str, Any]) -> None:
+    text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
+    with errors.writing(path):
+        path.write_text(text + "\n")
 
 
 def load_data(model: Model, options: Options, world: World) -> Data:

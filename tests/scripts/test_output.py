@@ -1,7 +1,9 @@
 """Whatever becomes of what a script prints, its work is done: streams closed, unread, full, or without accents."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,18 +75,42 @@ def test_help_may_be_cut_off(help_of, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_scores_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkeypatch, capsys):
-    """They took an hour, in which somebody has deleted the directory."""
+@pytest.fixture
+def evaluated(monkeypatch) -> Callable[..., None]:
+    """Runs an evaluation, in a directory, that takes no time and has no scores."""
     generator = SimpleNamespace(device=torch.device("cpu"), precision=torch.float32, sampler="ddim", steps=2)
     model = SimpleNamespace(generator=generator, file="best.pth", sha256="")
-    monkeypatch.setattr(evaluation, "load_data", lambda *_: SimpleNamespace(reference=[], test=[], notes=[]))
-    monkeypatch.setattr(evaluation, "make_scorers", lambda *_: SimpleNamespace(all=list, networks={}))
+    data = SimpleNamespace(reference=[], test=[], test_labels=[], notes=[])
+    copies = SimpleNamespace(picture=lambda: None)
+    monkeypatch.setattr(evaluation, "load_data", lambda *_: data)
+    monkeypatch.setattr(evaluation, "make_scorers", lambda *_: SimpleNamespace(all=list, networks={}, copies=copies))
     monkeypatch.setattr(evaluation, "generate", lambda *_: None)
     monkeypatch.setattr(evaluation, "collect", lambda *_: {"notes": []})
     monkeypatch.setattr(evaluation, "protocol", lambda *_: {})
     monkeypatch.setattr(report, "table", lambda *_: "the table")
-    monkeypatch.setattr(pictures, "save_png", None)
-    options = evaluation.Options(2, 2, 0, "", None, classifier_only=True)
+    monkeypatch.setattr(pictures, "image_grid", lambda _: None)
+    monkeypatch.setattr(pictures, "save_png", lambda _, path: path.touch())
+
+    def run(directory: Path, **options: bool) -> None:
+        evaluation.run(model, evaluation.Options(2, 2, 0, "", None, **options), directory, World(torch.device("cpu")))
+
+    return run
+
+
+def test_scores_that_cannot_be_written_are_printed_all_the_same(evaluated, tmp_path, capsys):
+    """They took an hour, in which somebody has deleted the directory."""
     with pytest.raises(errors.WriteError, match=r"cannot write .*metrics.json"):
-        evaluation.run(model, options, tmp_path / "gone", World(torch.device("cpu")))  # type: ignore[arg-type]
+        evaluated(tmp_path / "gone", classifier_only=True)
+    assert capsys.readouterr().out == "the table\n"
+
+
+def test_an_interrupt_during_the_bound_costs_only_the_bound(evaluated, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "bits_per_dim", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "grid.png", "neighbours.png"}
+    assert json.loads((tmp_path / "metrics.json").read_text())["scores"] == {"notes": []}
     assert capsys.readouterr().out == "the table\n"
