@@ -10,7 +10,8 @@ import config
 from src.utils import cores, errors, flags, settings
 
 INIT_FROM = """start a new run from the averaged weights of another checkpoint or weights.pth, as for fine-tuning;
-    optimiser state, average and step count start anew (default: random weights)"""
+    optimiser state, average and step count start anew (default: random weights). With --objective consistency, it is
+    the model to distil"""
 IGNORE_MISMATCHED_SIZES = """with --init_from: start the first and last convolution and the class embedding from random
     weights where the data have other channels or another number of classes"""
 
@@ -41,7 +42,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from src.data import datasets
 from src.data.images import Images
 from src.generation import Generator, build
-from src.training import Diverged, Learner, consistency_gap, learning_rate, validation_loss
+from src.training import Diverged, Learner, learning_rate, validation_loss
 from src.utils import checkpoint, devices, directories, lock, pictures
 from src.utils.distributed import World
 from src.utils.monitor import Monitor, Silence, commands, describe
@@ -124,7 +125,7 @@ class Trainer:
         )
         for x0, y in batches:
             lr = learning_rate(learner.steps + 1, self.steps, args.learning_rate, args.lr_warmup, args.lr_decay)
-            loss, norm = learner.step(x0, y, lr, self.gap(learner.steps + 1))
+            loss, norm = learner.step(x0, y, lr)
             learner.batch += 1
             if learner.steps % args.log_every == 0:  # seldom, because it waits for the device
                 learner.synchronize()
@@ -144,7 +145,7 @@ class Trainer:
         val_loss = self.validate(signals)
         samples = self.sample_grid(signals) if self.draws(epoch) else None
 
-        # In consistency training that loss does not follow the quality of the images: the last state counts as best.
+        # In consistency distillation the loss does not measure the quality of images: the last state counts as best.
         improved = learner.finish_epoch(val_loss) or args.objective == "consistency"
         # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
         monitor.show_validation(learner.steps, val_loss, samples)
@@ -158,10 +159,6 @@ class Trainer:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
-
-    def gap(self, step: int) -> float | None:
-        """The gap of consistency training at a step, counted from 1; None for ordinary training."""
-        return consistency_gap(step, self.steps) if self.args.objective == "consistency" else None
 
     def draws(self, epoch: int) -> bool:
         """Whether a grid of samples follows an epoch, counted from 1: the first, the last, and every SAMPLE_EVERY."""
@@ -199,6 +196,7 @@ class Trainer:
     def validate(self, signals: StopSignals) -> float:
         """The loss of the averaged weights on the held-out images."""
         args, model, (images, labels) = self.args, self.learner.ema.model, self.held_out
+        teacher = self.learner.teacher
         held_out = datasets.in_order(images, args.batch_size, labels)
         bar = {"desc": "validating", "unit": " batches", "total": -(-len(images) // args.batch_size), "leave": False}
         with (
@@ -213,7 +211,7 @@ class Trainer:
                 seed=args.seed,
                 world=self.world,
                 on_batch=signals.check,
-                gap=self.gap(self.steps),  # the last one, so that epochs can be compared
+                teacher=None if teacher is None else teacher.forward,  # not compiled, like `model`
             )
 
     def sample_grid(self, signals: StopSignals) -> Tensor:
@@ -273,11 +271,12 @@ class Trainer:
 
 def train(args: argparse.Namespace, world: World) -> int:
     """Resume the run in CHECKPOINT_PATH, or start a new one; returns the exit status."""
-    trainer, directory = Trainer(args, world), Path(args.checkpoint_path)
+    directory = Path(args.checkpoint_path)
     resume = bool(checkpoint.of_run(directory)) and not args.fresh
-    world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
     if args.objective == "consistency" and not (args.init_from or resume):
-        log.warning("consistency training from random weights takes long: give a trained model as --init_from")
+        raise errors.SettingError("OBJECTIVE consistency distils a trained model: give it as --init_from FILE")
+    trainer = Trainer(args, world)
+    world.agree(trainer.data, "the training images")  # after which every process has looked for checkpoints
     if args.init_from and not resume:  # before the old run is deleted, which may hold these weights
         trainer.checkpoints.start_from(Path(args.init_from))
     with lock.hold(directory) if world.is_main else nullcontext():  # not before: the file stays

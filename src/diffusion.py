@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 LOGIT_MEAN, LOGIT_SCALE = -0.2, 1.2  # of logit-normal timesteps: half of them lie between 0.27 T and 0.65 T
-HUBER_C = 0.002  # c of the pseudo-Huber loss √(mean square of the error of v + c²) - c
+GAP = 1 / 32  # of consistency distillation: the length of the teacher's step, as a fraction of T
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B,C,H,W), t (B,) or (1,) → prediction of `target` (B,C,H,W)
 
@@ -186,38 +186,30 @@ class Diffusion:
         error = torch.nn.functional.mse_loss(output, self.target(x0, t, eps), reduction="none")
         return (self.weight(t) * error).mean()
 
-    def consistency_loss(self, network: Network, x0: Tensor, t: Tensor, eps: Tensor, gap: float) -> Tensor:
-        """The loss of consistency training, a scalar, for prediction v (Song et al. 2023, Algorithm 3).
+    def consistency_loss(
+        self, network: Network, teacher: Network, x0: Tensor, t: Tensor, eps: Tensor, gap: float = GAP
+    ) -> Tensor:
+        """The loss of consistency distillation, a scalar, for prediction v (Song et al. 2023, Algorithm 2).
 
-        The estimate of x_0 from x_t learns to equal that from the less noisy x_r, which has the same noise eps. From
-        x_{-1}, the clean image, the estimate is x_0 itself, since v has the factor √(1 - α̅) = 0 there. As in Song &
-        Dhariwal 2024, x_r is given to the network itself, not to an average of its weights.
-
-        The error is that of v, which is that of x_0 over √(1 - α̅_t). Its norm is taken for each image, not its square:
-        their pseudo-Huber loss (§3.3) with a c so small that it matters near 0 only. With the square, images are bad
-        (docs/recipe.md).
+        The estimate of x_0 from x_t learns to equal that from x_r, r = t - gap · T, to which a step of DDIM with the
+        `teacher` leads from x_t. So all points of a path get the estimate of its end: at x_{-1}, the clean image, the
+        estimate is x_{-1} itself, since v has the factor √(1 - α̅) = 0 there. r is at least one timestep below t, and
+        no further than -1. Algorithm 2 takes the estimate from x_r from an average of the network's weights. Here the
+        network itself gives it: Song & Dhariwal 2024 (§3.2) drop the average in training without a teacher. The error
+        is that of v, which is that of x_0 over √(1 - α̅_t).
         """
-        r = self.less_noisy(t, gap)  # (B,)
-        x_t, x_r = self.q_sample(x0, t, eps), self.q_sample(x0, r, eps)  # (B, C, H, W)
+        r = (t - max(1, round(gap * self.time_steps))).clamp(min=-1)  # (B,)
+        x_t = self.q_sample(x0, t, eps)  # (B, C, H, W)
         generators = [] if self.device.type == "cpu" else [self.device]
         # fork_rng restores the generator, so that the second evaluation has the dropout masks of the first one.
         with torch.no_grad(), torch.random.fork_rng(generators, device_type=self.device.type):
+            x0_by_teacher = self.denoise(teacher, x_t, t)
+            x_r = self.q_sample(x0_by_teacher, r, self.predict_eps(x_t, t, x0_by_teacher))
             x0_from_r = self.predict_x0(x_r, r, network(x_r, send(r.clamp(min=0), self.device)))
         x0_from_t = self.predict_x0(x_t, t, network(x_t, send(t, self.device)))
         _, noise = self.signal_and_noise(t)
         error = (x0_from_t - x0_from_r) / noise  # (B, C, H, W)
-        square = self.weight(t) * error.square().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-        return ((square + HUBER_C**2).sqrt() - HUBER_C).mean()
-
-    def less_noisy(self, t: Tensor, gap: float) -> Tensor:
-        """r < t for consistency training, (B,), -1 for the clean image: σ_r = σ_t (1 - gap n(σ_t)), σ = √(1/α̅ - 1).
-
-        n(σ) = 1 + 8 sigmoid(-σ) makes the relative distance five times as large where there is little noise, as in the
-        code of Geng et al. 2024. r is rounded down.
-        """
-        sigma = (1 / self.alpha_bar - 1).sqrt()  # (T,), increasing
-        n = 1 + 8 * torch.sigmoid(-sigma[t])  # (B,)
-        return torch.searchsorted(sigma, sigma[t] * (1 - gap * n)) - 1
+        return (self.weight(t) * error.square()).mean()
 
     def weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
         """The weight of timestep t in the loss, float32 (B,1,1,1); 1 for "uniform".

@@ -25,7 +25,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     """Context in which convolutions and matrix products run in `precision`; weights and gradients stay float32."""
     if precision == torch.float32:
         return nullcontext()
-    # In older torch, the cache would keep casts made under no_grad, as in consistency training: no gradients.
+    # In older torch, the cache would keep casts made under no_grad, as in consistency distillation: no gradients.
     return torch.autocast(device.type, precision, cache_enabled=False)
 
 

@@ -1,5 +1,6 @@
 """Training: one step of Algorithm 1 (Ho et al. 2020), the learning-rate schedule and the validation loss."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 from src.diffusion import Diffusion, Network, draw_times, send
 from src.ema import EMA
 from src.model import UNet, autocast
-
-STAGES = 8  # of consistency training; see `consistency_gap`
 
 
 class Diverged(Exception):
@@ -50,6 +49,9 @@ class Learner:
         world: the processes that train together.
         precision: of the network's arithmetic; the weights stay float32.
         settings: the constants of config.py with lower-case names.
+
+    Attributes:
+        teacher: for OBJECTIVE consistency, the network that is distilled, else None.
     """
 
     PROGRESS = ("epoch", "batch", "best", "history")
@@ -60,8 +62,11 @@ class Learner:
         self.model, self.diffusion, self.world, self.precision = model, diffusion, world, precision
         self.settings, self.device = settings, diffusion.device
         self.ema = EMA(model, settings["ema_decay"])
+        distils = settings["objective"] == "consistency"
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if distils else None
         if settings["compile"]:
-            model.compile()  # in place, so that the state_dict keeps its names
+            for network in filter(None, (model, self.teacher)):
+                network.compile()  # in place, so that the state_dict keeps its names
         self.network = world.wrap(model)  # shares its weights with `model`
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, settings["adam_beta2"]), fused=True)
         self.steps, self.epoch, self.batch = 0, 0, 0  # optimiser steps; epochs finished; batches of the present epoch
@@ -72,12 +77,16 @@ class Learner:
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)  # first non-finite gradient; 0 = none
         self.bad_norm = torch.zeros((), device=self.device)  # norm of that gradient
 
-    def step(self, x0: Tensor, y: Tensor, learning_rate: float, gap: float | None = None) -> tuple[Tensor, Tensor]:
-        """One step of Ho et al. 2020, Algorithm 1.
+    def start_from_network(self) -> None:
+        """Give the network's present weights to the average and to the teacher."""
+        for other in filter(None, (self.ema.model, self.teacher)):
+            other.load_state_dict(self.model.state_dict())
+
+    def step(self, x0: Tensor, y: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """One step of Ho et al. 2020, Algorithm 1; with a teacher, of Song et al. 2023, Algorithm 2.
 
         It takes this process's share of a batch: images x0 (b,C,H,W) float32 in [-1, 1] and their classes y (b,). It
-        returns the loss of the whole batch and the norm of its gradient before clipping, scalars on the device. `gap`
-        is that of consistency training, None for ordinary training.
+        returns the loss of the whole batch and the norm of its gradient before clipping, scalars on the device.
         """
         settings, batch_size = self.settings, self.settings["batch_size"]
         x0, y = send(x0, self.device), send(y, self.device)  # line 2: x_0 ~ q(x_0)
@@ -94,10 +103,11 @@ class Learner:
         loss = torch.zeros((), device=self.device)
         parts = list(zip(*(z.chunk(settings["accumulate"]) for z in (x0, y, t, eps)), strict=True))
         for number, (x0_i, y_i, t_i, eps_i) in enumerate(parts, start=1):
-            network = partial(self.network, y=y_i if self.model.label is not None else None)
+            known = y_i if self.model.label is not None else None
+            loss_of_part = loss_of(self.diffusion, self.network, self.teacher, known)
             with nullcontext() if number == len(parts) else self.world.no_sync(self.network):  # one average per step
                 with autocast(self.device, self.precision):
-                    part_loss = loss_of(self.diffusion, gap)(network, x0_i, t_i, eps_i) / len(parts)
+                    part_loss = loss_of_part(x0_i, t_i, eps_i) / len(parts)
                 part_loss.backward()  # line 5
             loss += part_loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings["grad_clip"])
@@ -146,6 +156,7 @@ class Learner:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
+            **({} if self.teacher is None else {"teacher": self.teacher.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "rng": rng_state(self.device),
             "step": self.steps,
@@ -157,6 +168,8 @@ class Learner:
         """Restore what `state` returned. Raises KeyError, RuntimeError or ValueError if it does not fit."""
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"], self.device)
         self.steps, self.loss_sum = state["step"], state["loss_sum"].clone()
@@ -175,17 +188,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float)
     return peak * min(rise, fall, 1.0)
 
 
-def consistency_gap(step: int, steps: int) -> float:
-    """The `gap` of `Diffusion.less_noisy` at step number `step` of `steps`, counting from 1.
+def loss_of(
+    diffusion: Diffusion, network: Callable[..., Tensor], teacher: Callable[..., Tensor] | None, y: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The loss of a network as a function of x0, t and eps: that of consistency distillation if there is a teacher.
 
-    It starts at 1/2, where x_r is the clean image if σ_t < 1.9, and is halved STAGES - 1 times, at equal intervals.
+    The images have the classes y (B,). For None, the networks are given no classes.
     """
-    return 2.0 ** -(1 + STAGES * (step - 1) // steps)
 
+    def given_y(network: Callable[..., Tensor]) -> Network:
+        return network if y is None else partial(network, y=y)
 
-def loss_of(diffusion: Diffusion, gap: float | None) -> Callable[[Network, Tensor, Tensor, Tensor], Tensor]:
-    """The loss as a function of network, x0, t and eps: that of consistency training, unless `gap` is None."""
-    return diffusion.loss if gap is None else partial(diffusion.consistency_loss, gap=gap)
+    if teacher is None:
+        return partial(diffusion.loss, given_y(network))
+    return partial(diffusion.consistency_loss, given_y(network), given_y(teacher))
 
 
 @torch.inference_mode()
@@ -197,14 +213,14 @@ def validation_loss(
     seed: int,
     world: Processes,
     on_batch: Callable[[], None] = lambda: None,
-    gap: float | None = None,
+    teacher: Callable[..., Tensor] | None = None,
 ) -> float:
     """The loss on `count` held-out images, with the same t and eps at every call, so that epochs can be compared.
 
     The `batches` are images (B,C,H,W) float32 in [-1, 1] and their classes (B,) on the CPU, of which each process
     evaluates its share; None instead of classes if the network is to be given none. The timesteps are spread evenly
-    over all noise levels, and `seed` determines eps. `on_batch` is called after each batch. `gap` is as in
-    `Learner.step`.
+    over all noise levels, and `seed` determines eps. `on_batch` is called after each batch. The `teacher` is that of
+    consistency distillation.
     """
     generator = torch.Generator().manual_seed(seed)
     losses, first = [], 0  # scalars on the device, each the sum over this process's share of a batch
@@ -215,8 +231,8 @@ def validation_loss(
         share = world.share(len(x0))
         if len(t[share]):  # the last batch may have fewer images than there are processes
             x0_i, eps_i = send(x0[share], diffusion.device), send(eps[share], diffusion.device)
-            predict = network if y is None else partial(network, y=send(y[share], diffusion.device))
-            losses.append(loss_of(diffusion, gap)(predict, x0_i, t[share], eps_i) * len(t[share]))
+            y_i = None if y is None else send(y[share], diffusion.device)
+            losses.append(loss_of(diffusion, network, teacher, y_i)(x0_i, t[share], eps_i) * len(t[share]))
         on_batch()
     _add(total := torch.zeros((), dtype=torch.float64), losses)
     return (world.mean(total) * world.size / count).item()

@@ -1,7 +1,7 @@
 """Fine-tuning: a new training that starts from the weights of another one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 DATA_LAYERS = {"conv_in", "conv_out", "label"}  # their shapes depend on the channels and classes of the data
 SHAPE_SETTINGS = "image_size channels unet_dim unet_dim_mults encoder_attention classes".split()
-OBJECTIVE_SETTINGS = "prediction schedule_type time_steps".split()
+PROCESS_SETTINGS = "prediction schedule_type time_steps".split()  # what the network is trained to predict
+LINEAR_SETTINGS = "beta_start beta_end".split()  # likewise, on the linear schedule
 
 
 def initialise(
@@ -34,7 +35,7 @@ def initialise(
 
     Raises:
         UserError: the file cannot be read (see `checkpoint.load`), or has no averaged weights.
-        SettingError: the weights are those of another network.
+        SettingError: the weights are those of another network, or cannot be the teacher of a distillation.
     """
     state = checkpoint.load(path)
     if "ema" not in state or "settings" not in state:
@@ -49,11 +50,27 @@ def initialise(
             if before.get(name) != settings[name]
         ]
         remedy = "use the same values"
-        if misfits <= DATA_LAYERS:
+        if misfits <= DATA_LAYERS and settings["objective"] != "consistency":  # a teacher needs all its weights
             remedy += f", or add --ignore_mismatched_sizes to start {', '.join(sorted(misfits))} from random weights"
         raise SettingError(f"--init_from {path} is another network: {'; '.join(changes) or 'its layers'}: {remedy}")
-    for name in OBJECTIVE_SETTINGS:
-        if before.get(name) != settings[name]:
-            log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
+    names = PROCESS_SETTINGS + LINEAR_SETTINGS * (settings["schedule_type"] == "linear")
+    changed = [name for name in names if before.get(name) != settings[name]]
+    if settings["objective"] == "consistency":
+        _check_teacher(path, before, settings, changed)
+    for name in changed:
+        log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
     network.load_state_dict(own | fitting)
     return checkpoint.sha256(path)
+
+
+def _check_teacher(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Raise SettingError if the model at `path` cannot be the teacher, which is used as it is, without training."""
+    if before["objective"] == "consistency":
+        raise SettingError(f"--init_from {path} is distilled already: give the model that it was distilled from")
+    if before.get("prediction") != "v":
+        raise SettingError(f"--init_from {path} predicts {before.get('prediction')}: give a model of PREDICTION v")
+    reasons = [f"{name.upper()} is {before.get(name)} there and {settings[name]} here" for name in changed]
+    if before.get("classes") != settings["classes"]:
+        reasons.append("its classes are not those of the data")
+    if reasons:
+        raise SettingError(f"--init_from {path} cannot be distilled: {'; '.join(reasons)}: use its settings and data")

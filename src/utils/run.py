@@ -40,6 +40,9 @@ class Trainable(Protocol):
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
 
+    def start_from_network(self) -> None:
+        """Give the network's present weights to the average and, if there is one, to the teacher."""
+
 
 class Run:
     """Writes and reads the checkpoints of a run in CHECKPOINT_PATH.
@@ -107,10 +110,10 @@ class Run:
 
     def start_from(self, path: Path) -> None:
         """Start from the averaged weights in checkpoint `path`; raises as `fine_tuning.initialise` does."""
-        model = self.learner.model
-        sha256 = fine_tuning.initialise(model, self.values, path, self.args.ignore_mismatched_sizes)
+        ignore = self.args.ignore_mismatched_sizes
+        sha256 = fine_tuning.initialise(self.learner.model, self.values, path, ignore)
         self.world.agree(sha256, str(path))
-        self.learner.ema.model.load_state_dict(model.state_dict())
+        self.learner.start_from_network()
         self.init_from = {"file": path.name, "sha256": sha256}
         log.info("starting from the averaged weights of %s", path)
 
@@ -165,10 +168,8 @@ class Run:
             )
         if (precision := saved.get("precision", self.precision)) != self.precision:
             log.warning("from here on, the network computes in %s, not in %s as before", self.precision, precision)
-        if before["epochs"] != args.epochs:
-            for what, depends in ("learning rate", args.lr_decay), ("gap", args.objective == "consistency"):
-                if depends:
-                    log.warning("from here on, the %s is that of a training of %d epochs", what, args.epochs)
+        if before["epochs"] != args.epochs and args.lr_decay:
+            log.warning("from here on, the learning rate is that of a training of %d epochs", args.epochs)
 
     def _gone(self, saved: Mapping[str, Any]) -> int:
         """How many of the files that a checkpoint was trained on have gone; 0 if others have come, or if unknown."""

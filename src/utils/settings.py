@@ -164,6 +164,11 @@ RELATIONS: list[tuple[tuple[str, ...], Callable[..., bool], str]] = [
         lambda objective, prediction: objective == "denoising" or prediction == "v",
         "OBJECTIVE consistency is for PREDICTION v",
     ),
+    (
+        ("OBJECTIVE", "IGNORE_MISMATCHED_SIZES"),
+        lambda objective, ignore: objective == "denoising" or not ignore,
+        "--ignore_mismatched_sizes is for fine-tuning: what OBJECTIVE consistency distils has to fit the data",
+    ),
     (("SAMPLER", "ETA"), lambda sampler, eta: sampler == "ddim" or eta == 0, "ETA is for SAMPLER ddim only"),
 ]
 

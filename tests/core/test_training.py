@@ -60,6 +60,7 @@ def learner(**changes: object) -> Learner:
         "time_sampling": "uniform",
         "accumulate": 1,
         "compile": False,
+        "objective": "denoising",
         **changes,
     }
     torch.manual_seed(0)

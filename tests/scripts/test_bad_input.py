@@ -102,6 +102,12 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --sampler ddpm --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("sample.py --sampler dpmpp_2m --eta 0.5", 2, "ETA is for SAMPLER ddim only"),
     ("train.py --objective consistency --prediction noise", 2, "OBJECTIVE consistency is for PREDICTION v"),
+    ("train.py --objective consistency", 2, "OBJECTIVE consistency distils a trained model: give it as --init_from"),
+    (
+        "train.py --objective consistency --init_from best.pth --ignore_mismatched_sizes",
+        2,
+        "--ignore_mismatched_sizes is for fine-tuning: what OBJECTIVE consistency distils has to fit the data",
+    ),
     ("train.py --overwrite", 2, "--overwrite goes with --fresh"),
     ("train.py --ignore_mismatched_sizes", 2, "--ignore_mismatched_sizes goes with --init_from"),
     ("train.py --init_from nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),

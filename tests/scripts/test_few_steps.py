@@ -1,4 +1,4 @@
-"""Consistency training by the scripts: from a trained model to one that is sampled in two steps."""
+"""Consistency distillation by the scripts: from a trained model to one that is sampled in two steps."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from src.utils import checkpoint, errors, flags
 
 @pytest.fixture
 def fast(quick, tmp_path):
-    """The folder of checkpoints of a consistency training that started from an ordinary one."""
+    """The folder of checkpoints of a distillation of an ordinary model."""
     assert quick("slow", "--epochs", 1) == 0
     flags = ["--objective", "consistency", "--init_from", tmp_path / "slow/checkpoint/weights.pth"]
     assert quick("fast", "--epochs", 2, *flags) == 0
@@ -62,7 +62,7 @@ def test_a_model_is_sampled_as_it_was_trained_by_all_scripts(used, fast, tmp_pat
     assert [sampler for sampler, _ in used] == ["consistency", args.sampler]
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_path, monkeypatch, caplog):
+def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_path, monkeypatch):
     flags = ["--objective", "consistency", "--init_from", tmp_path / "slow/checkpoint/weights.pth"]
     step = Learner.step
 
@@ -77,25 +77,49 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(fast, quick, saved, tmp_
     torch.manual_seed(99)
     assert quick("stopped", "--epochs", 2, *flags) == 0
     assert not differences(saved("stopped", "final.pth"), saved("fast", "final.pth"))
-    assert not any("gap" in record.message for record in caplog.records)
-    quick("stopped", "--epochs", 3, *flags)
-    assert "from here on, the gap is that of a training of 3 epochs" in caplog.text
 
 
-def test_best_is_the_last_and_the_objective_cannot_change(fast, quick, caplog):
+def test_best_is_the_last_and_the_objective_cannot_change(fast, quick):
     """`best.pth` holds the last state, whatever the validation loss."""
     assert checkpoint.load(fast / "best.pth")["epoch"] == 2
-    assert not any("random weights" in record.message for record in caplog.records)
     assert checkpoint.load(fast / "weights.pth")["settings"]["objective"] == "consistency"
     with pytest.raises(errors.SettingError, match="OBJECTIVE was 'consistency' and is now 'denoising'"):
         quick("fast", "--epochs", 3)
 
 
-def test_the_gap_closes_while_it_trains(quick, tmp_path, monkeypatch):
-    """Eight steps, eight stages; validation always has the last gap."""
-    gaps, loss = [], Diffusion.consistency_loss
-    monkeypatch.setattr(Diffusion, "consistency_loss", lambda *a, gap: gaps.append(gap) or loss(*a, gap=gap))
-    quick("fast", "--epochs", 2, "--objective", "consistency")
-    training = [1 / 2, 1 / 4, 1 / 8, 1 / 16], [1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    validation = [1 / 256] * 2
-    assert gaps == [*training[0], *validation, *training[1], *validation]
+def test_the_teacher_is_the_model_that_it_started_from(fast, saved, quick, tmp_path):
+    """Also after a resumed training, for which the file may have gone."""
+    start, end = checkpoint.load(tmp_path / "slow/checkpoint/weights.pth")["ema"], checkpoint.load(fast / "final.pth")
+    assert not differences(end["teacher"], start)
+    assert differences(end["ema"], start)
+    assert "teacher" not in checkpoint.load(fast / "weights.pth")
+    (tmp_path / "slow/checkpoint/weights.pth").unlink()
+    assert quick("fast", "--epochs", 3, "--objective", "consistency") == 0
+    assert not differences(saved("fast", "final.pth")["teacher"], start)
+
+
+def test_without_a_teacher_there_is_nothing_to_distil(quick, tmp_path):
+    with pytest.raises(errors.SettingError, match="give it as --init_from FILE"):
+        quick("fast", "--objective", "consistency")
+    assert not list((tmp_path / "fast").rglob("*.pth"))
+
+
+def test_training_and_validation_both_ask_the_teacher(quick, tmp_path, monkeypatch):
+    """Two epochs, each of four batches and of two of held-out images."""
+    quick("slow", "--epochs", 1)
+    asked, loss = [], Diffusion.consistency_loss
+    monkeypatch.setattr(Diffusion, "consistency_loss", lambda self, *x: asked.append(x[1]) or loss(self, *x))
+    monkeypatch.setattr(Diffusion, "loss", None)
+    flags = ["--objective", "consistency", "--init_from", tmp_path / "slow/checkpoint/weights.pth"]
+    assert quick("fast", "--epochs", 2, *flags) == 0
+    modules = [getattr(ask.func, "__self__", ask.func) for ask in asked]  # of partial(teacher, y=y)
+    assert modules == [modules[0]] * 12
+
+
+def test_a_run_without_its_teacher_cannot_go_on(fast, quick):
+    """Such as one that an older version of this program has left."""
+    state = checkpoint.load(fast / "latest.pth")
+    del state["teacher"]
+    checkpoint.save(fast / "latest.pth", state)
+    with pytest.raises(errors.UserError, match=r"latest\.pth was written by another version of this program"):
+        quick("fast", "--epochs", 3, "--objective", "consistency")

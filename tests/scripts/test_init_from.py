@@ -134,6 +134,47 @@ def test_another_objective_is_a_warning(source, quick, caplog):
     assert "was trained with PREDICTION v, not noise" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--time_steps 40", "TIME_STEPS is 50 there and 40 here"),
+        ("--schedule_type linear", "SCHEDULE_TYPE is cosine there and linear here"),
+    ],
+)
+def test_another_process_cannot_be_distilled(flags, reason, source, quick, tmp_path):
+    start = ["--objective", "consistency", "--init_from", source / "weights.pth"]
+    with pytest.raises(SettingError, match=f"weights.pth cannot be distilled: {reason}: use its settings and data"):
+        quick("run", "--epochs", 1, *start, *flags.split())
+    assert not (tmp_path / "run/checkpoint/latest.pth").exists()
+
+
+def test_the_betas_of_a_teacher_count_on_the_linear_schedule(source):
+    state = checkpoint.load(source / "weights.pth")
+    unet, _ = generation.build(state["settings"])
+
+    def distil(schedule):
+        checkpoint.save(source / "odd.pth", {**state, "settings": {**state["settings"], "schedule_type": schedule}})
+        wanted = {**state["settings"], "schedule_type": schedule, "beta_end": 0.01, "objective": "consistency"}
+        return fine_tuning.initialise(unet, wanted, source / "odd.pth")
+
+    assert distil("cosine") == checkpoint.sha256(source / "odd.pth")
+    with pytest.raises(SettingError, match=r"BETA_END is 0\.02 there and 0\.01 here"):
+        distil("linear")
+
+
+def test_what_knows_other_classes_predicts_noise_or_is_distilled_already_cannot_be_distilled(source):
+    state = checkpoint.load(source / "weights.pth")
+    unet, wanted = generation.build(state["settings"])[0], {**state["settings"], "objective": "consistency"}
+    for change, odd, reason in (
+        ("classes", list("abcdefghij"), "its classes are not those of the data: use its settings and data"),
+        ("objective", "consistency", "is distilled already: give the model that it was distilled from"),
+        ("prediction", "noise", "predicts noise: give a model of PREDICTION v"),
+    ):
+        checkpoint.save(source / "odd.pth", {**state, "settings": {**state["settings"], change: odd}})
+        with pytest.raises(SettingError, match=reason):
+            fine_tuning.initialise(unet, wanted, source / "odd.pth")
+
+
 def test_a_file_without_averaged_weights_is_refused(quick, tmp_path):
     checkpoint.save(tmp_path / "odd.pth", {"content": 1})
     with pytest.raises(UserError, match="holds no averaged weights"):

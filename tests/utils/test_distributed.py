@@ -37,7 +37,7 @@ TIMEOUT = 600  # seconds, for what takes 10 on an idle machine: two processes sh
 def torchrun(processes: int, script: str | Path, *flags: object) -> list[str]:
     """The command; one process needs no launcher, which would load torch once more."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)]
+    return [sys.executable, *([*launcher, "--"] if processes > 1 else []), str(ROOT / script), *map(str, flags)]
 
 
 def train_in(folder: Path, data: Path, processes: int, *flags: object) -> dict[str, Any]:
@@ -78,6 +78,14 @@ def test_two_processes_train_as_one(run, one):
     assert alone["step"] == 8
     assert_close(alone, two)
     assert differences(alone["model"], two["model"])  # else they would not have been two
+
+
+def test_two_processes_distil_as_one(run, one):
+    flags = ["--epochs", 1, "--objective", "consistency", "--init_from", one / "checkpoints/weights.pth"]
+    alone, two = run("alone", 1, *flags), run("two", 2, *flags)
+    assert_close(alone, two)
+    assert differences(alone["model"], two["model"])
+    assert not differences(alone["teacher"], two["teacher"])
 
 
 @pytest.mark.parametrize(("size", "taken_down"), [("1", True), ("2", False)])
