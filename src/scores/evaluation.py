@@ -156,8 +156,8 @@ def load_model(
     Args:
         file: path of the checkpoint.
         device: of the network and of the images.
-        given: names of the flags on the command line; if "sampler" is not among them, a model of consistency
-            distillation is sampled by `consistency`.
+        given: names of the flags on the command line; if "sampler" is not among them, a distilled model is
+            sampled by `consistency`.
         sampler, steps, eta, guidance_scale: as for `Generator`.
         precision: "float32", "bfloat16" or "auto".
         classes: as --class: names or numbers of the classes to generate in turn, or "all" or "none" alone; empty for
