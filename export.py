@@ -88,7 +88,8 @@ def to_onnx(unet: UNet) -> onnx.ModelProto:
 def halve(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy with float16 weights, half as large: each is converted to float32 before it is used.
 
-    Small tensors stay exact. The frequencies of the time embedding are among them: times t, their error would grow.
+    Small tensors stay exact. The frequencies of the time embedding are among them, for an error of
+    theirs would be multiplied by t.
     """
     half = onnx.ModelProto()
     half.CopyFrom(model)
@@ -165,4 +166,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: main(ARGS), "export.py", quiet=False)
+    errors.run(lambda: main(ARGS), "export.py", ARGS.quiet)

@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--interpolate",
         action="store_true",
-        help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by a stochastic default",
+        help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by dpmpp_2m_sde",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument(
@@ -66,6 +66,7 @@ from typing import Any
 import torch
 
 from src.data import datasets
+from src.data.images import upright_size
 from src.generation import Generator, restore, to_uint8
 from src.utils import checkpoint, devices, directories, pictures
 from src.utils.distributed import World
@@ -124,6 +125,12 @@ def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, 
         start["image"] = datasets.normalise(read(args.start_from, channels=model["channels"]))
     if args.inpaint:
         start["mask"] = read(args.inpaint, channels=1) > 127
+        sizes = [" x ".join(map(str, upright_size(path))) for path in (args.inpaint, args.start_from)]
+        if sizes[0] != sizes[1]:  # each would be cropped and scaled on its own
+            raise errors.UserError(
+                f"{args.inpaint} has {sizes[0]} pixels and {args.start_from} {sizes[1]}: "
+                "give the mask the size of the image"
+            )
         if not start["mask"].any():
             raise errors.UserError(f"no pixel of {args.inpaint} is white: nothing would be generated")
     return start

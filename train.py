@@ -116,7 +116,7 @@ class Trainer:
     def train_epoch(self, monitor: Monitor | Silence, signals: StopSignals) -> None:
         """Train on the remaining batches of the epoch. On a signal, raises Interrupted after a complete step."""
         args, learner, share = self.args, self.learner, self.world.share(self.args.batch_size)
-        if not (learner.batch or args.compile):  # in mid-epoch it would change the bits; compiled, compile anew
+        if not (learner.batch or args.compile):  # in mid-epoch, sums would change; compiled, it would compile anew
             cores.share(self.device)
         monitor.start_epoch(learner.epoch + 1, args.epochs, learner.steps)
         self.pace.start()
@@ -146,7 +146,8 @@ class Trainer:
         samples = self.sample_grid(signals) if self.draws(epoch) else None
 
         # In consistency distillation the loss does not measure the quality of images: the last state counts as best.
-        improved = learner.finish_epoch(val_loss) or args.objective == "consistency"
+        lowest = learner.finish_epoch(val_loss)
+        improved = lowest or args.objective == "consistency"
         # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
         monitor.show_validation(learner.steps, val_loss, samples)
         if improved:
@@ -157,7 +158,7 @@ class Trainer:
         self.draw(samples)
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.checkpoints.save_due:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
-        of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" * improved
+        of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" if lowest else ""
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
 
     def draws(self, epoch: int) -> bool:
@@ -165,7 +166,7 @@ class Trainer:
         return epoch in (1, self.args.epochs) or epoch % self.args.sample_every == 0
 
     def picture(self, epoch: int) -> Path:
-        """The file of that grid."""
+        """The file of the grid of samples that follows an epoch."""
         return Path(self.args.output_path, f"samples_epoch_{epoch:04d}.png")
 
     def forecast(self, seconds: float) -> str:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION_RESOLUTIONS = range(
-    8, 17
-)  # feature maps of such a height get self-attention, and the middle (Ho et al.: 16)
+# Feature maps of these heights get self-attention, and the middle always does (Ho et al.: 16, and the middle).
+ATTENTION_RESOLUTIONS = range(8, 17)
 LARGEST_SEPARABLE = 8  # 3×3 convolutions of ResNet blocks are depthwise-separable up to this height
 HEAD_WIDTH = 64  # channels per attention head
 NORM_GROUPS = 8  # groups of every GroupNorm; every width must be a multiple of it

@@ -18,7 +18,7 @@ from typing import TypeVar, overload
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from src.utils.errors import UserError
@@ -192,6 +192,14 @@ def decode(path: str | Path, size: int, channels: int, frame: int = 0) -> Tensor
     except Exception as error:  # a damaged file can raise almost anything
         raise _unreadable(path, error) from None
     return torch.from_numpy(rearrange(np.array(image).reshape(size, size, channels), "h w c -> c h w").copy())
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels of an image file that `decode` can read, after its EXIF orientation was applied."""
+    with Image.open(path) as file:
+        width, height = file.size
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90°
+    return (height, width) if turned else (width, height)
 
 
 def _open(source: str | Path | io.BytesIO, size: int, channels: int, frame: int) -> Image.Image:

@@ -167,8 +167,7 @@ def load_model(
         UserError: the checkpoint cannot be read, or the model has no such classes or too few timesteps.
     """
     path = Path(file)
-    state = checkpoint.load(path, "ema")
-    sha256 = checkpoint.sha256(path)  # at once: a training may replace the file meanwhile
+    state, sha256 = checkpoint.load_with_hash(path, "ema")
     with checkpoint.explained(path):
         unet, diffusion = restore(state, device)
     labels, counts = flags.pick_classes(classes, state["settings"])
@@ -401,13 +400,14 @@ def collect(scorers: Scorers) -> dict[str, Any]:
 
 def bits_per_dim(
     generator: Generator, test: Images, labels: Tensor, seed: int
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
     """Estimate the variational bound of the first test images, and say how.
 
     The network is given the class of each image, if it generates images of classes and was trained on all of them.
 
     Returns:
-        The scores `bits_per_dim` and its standard error `bits_per_dim_error`; and the protocol's entry `bits_per_dim`.
+        The scores `bits_per_dim` and its standard error `bits_per_dim_error` (None for one image); and the protocol's
+        entry `bits_per_dim`.
     """
     unet, diffusion, counts = generator.unet, generator.diffusion, generator.class_counts
     images, times = min(BOUND_IMAGES, len(test)), min(BOUND_TIMES, diffusion.time_steps)
@@ -421,7 +421,8 @@ def bits_per_dim(
         "timesteps_of_each": times,
         "network": f"float32, {'class-conditional' if known else 'unconditional'}; padding pixels included",
     }
-    return {"bits_per_dim": bits, "bits_per_dim_error": error}, {"bits_per_dim": extent}
+    # One image has no error: NaN, which JSON does not know.
+    return {"bits_per_dim": bits, "bits_per_dim_error": error if images > 1 else None}, {"bits_per_dim": extent}
 
 
 def protocol(model: Model, options: Options, reference_count: int, test_count: int) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
         facts.append(("classified as asked", f"{scores['class_accuracy']:.1%}"))
     if "bits_per_dim" in scores:
         bits, error, images = scores["bits_per_dim"], scores["bits_per_dim_error"], protocol["bits_per_dim"]["images"]
-        bound = f"at most {bits:.3f} ± {error:.3f} (variational bound, {counted(images, 'test image')})"
+        plus_minus = "" if error is None else f" ± {error:.3f}"
+        bound = f"at most {bits:.3f}{plus_minus} (variational bound, {counted(images, 'test image')})"
         facts.append(("bits per dimension", bound))
     median, median_test = scores["nearest_median"], scores["nearest_median_test"]
     flagged, threshold = scores["nearest_flagged"], scores["nearest_threshold"]

@@ -59,6 +59,11 @@ def write(path: Path, content: bytes | memoryview) -> None:
 
 
 def load(path: Path, weights: str | None = None) -> dict[str, Any]:
+    """The first of what `load_with_hash` returns."""
+    return load_with_hash(path, weights)[0]
+
+
+def load_with_hash(path: Path, weights: str | None = None) -> tuple[dict[str, Any], str]:
     """Read a checkpoint, with all tensors on the CPU. Settings that an older checkpoint does not record are added.
 
     Args:
@@ -70,7 +75,8 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
             numbers are not finite; or it lacks `weights` or their settings.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        content = path.read_bytes()  # once: a training may replace the file meanwhile
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             # torch.save writes no compressed entries and no directories. For a directory, torch.load would return
             # uninitialised memory.
             odd = [e.filename for e in archive.infolist() if e.external_attr or e.compress_type != zipfile.ZIP_STORED]
@@ -78,7 +84,7 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
         if damaged is not None:
             what = "is damaged, or another program's" if odd else "is damaged"
             raise UserError(f"{path} {what} (checksum of {damaged}): restore it from a copy or move it away")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # runs no code
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise _missing(path) from error
     except zipfile.BadZipFile as error:
@@ -99,7 +105,7 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
     if "settings" in state:
         equal = {"class_counts": [1] * len(state["settings"].get("classes", []))}  # of each class as many images
         state["settings"] = UNRECORDED | equal | state["settings"]
-    return state
+    return state, hashlib.sha256(content).hexdigest()
 
 
 def sha256(path: Path) -> str:

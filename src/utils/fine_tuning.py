@@ -37,7 +37,7 @@ def initialise(
         UserError: the file cannot be read (see `checkpoint.load`), or has no averaged weights.
         SettingError: the weights are those of another network, or cannot be the teacher of a distillation.
     """
-    state = checkpoint.load(path)
+    state, sha256 = checkpoint.load_with_hash(path)
     if "ema" not in state or "settings" not in state:
         raise UserError(f"{path} holds no averaged weights: give another file as --init_from")
     source, own, before = state["ema"], network.state_dict(), state["settings"]
@@ -57,10 +57,13 @@ def initialise(
     changed = [name for name in names if before.get(name) != settings[name]]
     if settings["objective"] == "consistency":
         _check_teacher(path, before, settings, changed)
+    elif "label" not in misfits and before.get("classes") != settings["classes"]:
+        old, new = ", ".join(before["classes"]), ", ".join(settings["classes"])
+        log.warning("the classes %s begin with what %s learnt of %s, in this order", new, path, old)
     for name in changed:
         log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
     network.load_state_dict(own | fitting)
-    return checkpoint.sha256(path)
+    return sha256
 
 
 def _check_teacher(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any], changed: Sequence[str]) -> None:

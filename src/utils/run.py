@@ -82,7 +82,7 @@ class Run:
         self.learner.synchronize()  # in every process: if one alone raised, the others would wait for it
         if self.world.is_main:
             state = {
-                "settings": {name: value for name, value in self.values.items() if "path" not in name},
+                "settings": {key: value for key, value in self.values.items() if not key.endswith("_path")},
                 "data": self.data,
                 "trained_on": identity.record(self.digests),
                 "init_from": self.init_from,

@@ -1,8 +1,9 @@
-"""The folder of an evaluation's results: its name tells evaluations apart."""
+"""The folder of an evaluation's results, whose name tells evaluations apart; a score that does not exist."""
 
 import dataclasses
 
 import pytest
+import torch
 
 from src.generation import Generator, build
 from src.scores import evaluation
@@ -68,3 +69,13 @@ def test_many_classes_have_a_short_name_of_their_own():
 )
 def test_another_extent_has_another_name(change):
     assert name(dataclasses.replace(OPTIONS, **change)) != name()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_bound_of_a_single_image_has_no_error(count):
+    """Its standard error would be NaN, which JSON does not know."""
+    images = torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.zeros(count, dtype=torch.int64)
+    scores, _ = evaluation.bits_per_dim(Generator(*build(SETTINGS)), images, labels, seed=0)
+    assert scores["bits_per_dim"] > 0
+    assert (scores["bits_per_dim_error"] is None) == (count == 1)

@@ -161,6 +161,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --start_from picture.png --inpaint nowhere.png", 1, "no image at nowhere.png: give an existing file"),
     ("sample.py --start_from picture.png --inpaint file", 1, "cannot read the image file (cannot identify"),
     ("sample.py --start_from picture.png --inpaint picture.png", 1, "no pixel of picture.png is white"),
+    ("sample.py --start_from picture.png --inpaint tall.png", 1, "28 x 32 pixels and picture.png 28 x 28: give the"),
     ("sample.py --class=", 2, "--class '' is unknown: choose from t-shirt"),
     ("sample.py --checkpoint=", 2, "--checkpoint: is '', but must be a path"),
     ("sample.py --checkpoint nowhere.pth", 1, "no checkpoint at nowhere.pth: train one with"),
@@ -189,6 +190,7 @@ def template(data, tmp_path_factory) -> Path:
     for name in ("a.png", "b.png", "c.png"):
         (folder / "pictures" / name).write_text("a text\n")
     Image.new("L", (28, 28)).save(folder / "picture.png")
+    Image.new("L", (28, 32), 255).save(folder / "tall.png")
     (folder / "run").mkdir()
     flags = f"{GOOD['train.py']} --time_steps 40 --data_path {folder / 'data'} --checkpoint_path {folder / 'run'}"
     with torch.random.fork_rng():

@@ -110,6 +110,16 @@ def test_another_network_is_refused_in_one_line_and_costs_no_file(flags, message
     assert (source / "best.pth").read_bytes() == before
 
 
+def test_other_classes_in_the_same_number_are_a_warning(source, caplog):
+    state = checkpoint.load(source / "weights.pth")
+    unet, _ = generation.build(state["settings"])
+    fine_tuning.initialise(unet, state["settings"], source / "weights.pth")
+    assert not caplog.messages
+    digits = {**state["settings"], "classes": list("0123456789")}
+    fine_tuning.initialise(unet, digits, source / "weights.pth")
+    assert "the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 begin with what" in caplog.text
+
+
 def test_layers_of_other_data_start_anew_where_that_is_asked_for(source, quick, saved, tmp_path):
     """Three channels and two classes instead of one and ten."""
     state = checkpoint.load(source / "weights.pth")
