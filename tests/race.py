@@ -114,7 +114,10 @@ def plot(rows: list[Row], path: Path) -> None:
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         axes.plot([row["minutes"] for row in mine], [row["fid"] for row in mine], marker="o", label=name)
-    axes.set(xlabel="minutes of training", ylabel="FID (lower is better)", yscale="log")
+    axes.set_yscale("log", subs=(2, 5))  # ticks at 10, 20, 50, ...
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes.set(xlabel="minutes of training", ylabel="FID (lower is better)")
+    axes.set_xlim(left=0)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
