@@ -8,12 +8,12 @@
 
 const roundHalfToEven = (x) => (Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x)); // as Python does
 
-/** The (t, s) pairs of some steps from noise to image; with a strength below 1, of the last part of the way. */
-export function timeGrid(T, steps, strength = 1) {
+/** The (t, s) pairs of some steps from noise to image, as in src/samplers.py. */
+export function timeGrid(T, steps, strength = 1, power = 1) {
   const start = roundHalfToEven(T * strength) - 1;
   const count = Math.min(Math.max(1, roundHalfToEven(steps * strength)), start + 1);
-  const times = Array.from({ length: count + 1 }, (_, i) => roundHalfToEven(start - (i * (start + 1)) / count));
-  return times.slice(1).map((s, i) => [times[i], s]);
+  const time = (left) => roundHalfToEven(Math.max(((start + 1) * left ** power) / count ** power, left) - 1);
+  return Array.from({ length: count }, (_, i) => [time(count - i), time(count - i - 1)]);
 }
 
 /** Combine arrays pixel by pixel: f of their values. */
@@ -218,7 +218,8 @@ async function sample({ ort, session, settings }, { noise, labels, steps, guidan
     const [conditional, unconditional] = [both.slice(0, x_t.length), both.slice(x_t.length)];
     return pixels((c, u) => u + guidance * (c - u), conditional, unconditional); // Ho & Salimans 2022, eq. 6
   };
-  const diffusion = new Diffusion(settings), grid = timeGrid(diffusion.T, steps, strength);
+  const power = settings.sampler === "consistency" ? 3 : 1, diffusion = new Diffusion(settings);
+  const grid = timeGrid(diffusion.T, steps, strength, power);
   const first = grid[0]?.[0] ?? -1; // with no steps, x_t is the image itself
   let x_t = image && first < diffusion.T - 1 ? diffusion.qSample(image, first, noise[0]) : noise[0];
   for await (x_t of SAMPLERS[settings.sampler](diffusion, predict, x_t, noise, grid)) if (await onStep(x_t)) break;

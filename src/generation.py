@@ -150,7 +150,7 @@ class Generator:
             raise ValueError("--guidance_scale is for models that were trained with classes")
         if image is None and (strength != 1 or mask is not None):
             raise ValueError("strength and mask need an image")
-        self.grid = time_grid(diffusion, self.steps, strength)
+        self.grid = time_grid(diffusion, self.steps, strength, SAMPLERS[sampler].power)
         self.image = None if image is None else image.to(self.device)
         if self.image is not None and mask is not None:
             self.diffusion = Inpainting(diffusion, self.image, mask.to(self.device))

@@ -19,8 +19,10 @@ Draw = Callable[[], Tensor]  # () → fresh N(0, I) noise shaped like x_T
 Grid = Sequence[tuple[int, int]]  # (t, s) of each step
 
 
-def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0) -> Grid:
-    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in t.
+def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: int = 1) -> Grid:
+    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in (t + 1)^(1/power).
+
+    A power above 1 shortens the steps near the image, but not below one timestep.
 
     `strength`, from 0 to 1, is the fraction of this way that is travelled, its end: steps · strength steps, at least
     one, from t = T · strength - 1, both rounded. If that t is -1, the clean image, there are no steps.
@@ -31,8 +33,9 @@ def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0) -> Grid:
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
     start = round(diffusion.time_steps * strength) - 1
     count = min(max(1, round(steps * strength)), start + 1)
-    times = torch.linspace(start, -1, count + 1, dtype=torch.float64).round().int().tolist()
-    return list(pairwise(times))
+    remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps
+    times = ((start + 1) * remaining**power / max(count, 1) ** power).maximum(remaining) - 1
+    return list(pairwise(times.round().int().tolist()))
 
 
 @torch.inference_mode()
@@ -136,6 +139,7 @@ class Sampler:
     run: Callable[..., Iterator[Tensor]]
     steps: int  # chosen by FID: docs/speed.md
     stochastic: bool
+    power: int = 1  # of the spacing of its steps, see `time_grid`; chosen by FID, too: docs/recipe.md
 
 
 # src/utils/settings.py reads this table from the source text: keep it a literal dictionary.
@@ -144,5 +148,5 @@ SAMPLERS = {
     "ddim": Sampler(ddim, steps=50, stochastic=False),
     "dpmpp_2m": Sampler(dpmpp_2m, steps=20, stochastic=False),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True),
-    "consistency": Sampler(consistency, steps=2, stochastic=True),
+    "consistency": Sampler(consistency, steps=2, stochastic=True, power=3),
 }

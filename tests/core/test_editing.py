@@ -42,10 +42,11 @@ class Function(nn.Module):
 
 @pytest.mark.parametrize("time_steps", [1, 2, 7, 40, 1000])
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_the_grid_is_the_last_part_of_the_way(time_steps, strength):
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_the_grid_is_the_last_part_of_the_way(time_steps, strength, power):
     diffusion = Diffusion(time_steps, "cosine")
     for steps in {1, 2, 3, 20, time_steps - 1, time_steps} & set(range(1, time_steps + 1)):
-        grid = time_grid(diffusion, steps, strength)
+        grid = time_grid(diffusion, steps, strength, power)
         if not grid:  # the clean image is the nearest start
             assert time_steps * strength <= 0.5
             continue
@@ -54,6 +55,14 @@ def test_the_grid_is_the_last_part_of_the_way(time_steps, strength):
         assert all(t > s for t, s in grid)
         assert all(before[1] == after[0] for before, after in pairwise(grid))
         assert abs(len(grid) - max(1, steps * strength)) <= 0.5  # so never more than its timesteps
+
+
+def test_a_power_shortens_the_steps_near_the_image():
+    diffusion = Diffusion(1000, "cosine")
+    starts = [t for t, _ in time_grid(diffusion, 5, power=2)]
+    assert starts == [1000 * k**2 // 5**2 - 1 for k in (5, 4, 3, 2, 1)]
+    crowded = [t for t, _ in time_grid(diffusion, 100, power=2)]  # 1000 · (k/100)² < k for k < 10
+    assert crowded[-10:] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40])

@@ -207,16 +207,15 @@ def blank(browser, site, runtime) -> Any:
 
 def test_the_page_visits_the_timesteps_of_the_samplers(blank):
     cases = [
-        (T, steps, strength)
+        (T, min(T, steps), strength, power)
         for T in (1, 7, 100, 1000)
         for steps in (1, 2, 3, 16, 50)
         for strength in (0.05, 0.5, 0.7, 1)
+        for power in (1, 3)
     ]
-    cases = [(T, min(T, steps), strength) for T, steps, strength in cases]
-    theirs = blank.evaluate("cases => cases.map(([T, steps, strength]) => simple.timeGrid(T, steps, strength))", cases)
-    for (T, steps, strength), grid in zip(cases, theirs, strict=True):
-        diffusion = generation.Diffusion(T, "cosine")
-        assert [tuple(pair) for pair in grid] == time_grid(diffusion, steps, strength), (T, steps, strength)
+    theirs = blank.evaluate("cases => cases.map((case_) => simple.timeGrid(...case_))", cases)
+    for (T, *way), grid in zip(cases, theirs, strict=True):
+        assert [tuple(pair) for pair in grid] == time_grid(generation.Diffusion(T, "cosine"), *way), (T, *way)
 
 
 def test_its_noise_is_standard_normal_and_of_each_seed_its_own(blank):
