@@ -8,7 +8,7 @@
 
 const roundHalfToEven = (x) => (Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x)); // as Python does
 
-/** The (t, s) pairs of some steps from noise to image, as in src/samplers.py. */
+/** The (t, s) pairs of some steps from noise to image, as `time_grid` in src/samplers.py, which explains the rest. */
 export function timeGrid(T, steps, strength = 1, power = 1) {
   const start = roundHalfToEven(T * strength) - 1;
   const count = Math.min(Math.max(1, roundHalfToEven(steps * strength)), start + 1);

@@ -20,9 +20,10 @@ Grid = Sequence[tuple[int, int]]  # (t, s) of each step
 
 
 def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: int = 1) -> Grid:
-    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1, evenly spaced in (t + 1)^(1/power).
+    """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1.
 
-    A power above 1 shortens the steps near the image, but not below one timestep.
+    The k-th step from the end starts at t = T · (k / steps)^power - 1, rounded: with a power of 1, steps are evenly
+    spaced, and a higher one shortens those near the image, but not below one timestep.
 
     `strength`, from 0 to 1, is the fraction of this way that is travelled, its end: steps · strength steps, at least
     one, from t = T · strength - 1, both rounded. If that t is -1, the clean image, there are no steps.
@@ -33,7 +34,7 @@ def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: in
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
     start = round(diffusion.time_steps * strength) - 1
     count = min(max(1, round(steps * strength)), start + 1)
-    remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps
+    remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps, at each time
     times = ((start + 1) * remaining**power / max(count, 1) ** power).maximum(remaining) - 1
     return list(pairwise(times.round().int().tolist()))
 
@@ -134,7 +135,7 @@ def _timesteps(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler with the number of steps that it takes by default, and whether it draws noise in every step."""
+    """A sampler, its default number of steps, their spacing, and whether it draws noise in each step."""
 
     run: Callable[..., Iterator[Tensor]]
     steps: int  # chosen by FID: docs/speed.md

@@ -59,10 +59,14 @@ def test_the_grid_is_the_last_part_of_the_way(time_steps, strength, power):
 
 def test_a_power_shortens_the_steps_near_the_image():
     diffusion = Diffusion(1000, "cosine")
-    starts = [t for t, _ in time_grid(diffusion, 5, power=2)]
-    assert starts == [1000 * k**2 // 5**2 - 1 for k in (5, 4, 3, 2, 1)]
-    crowded = [t for t, _ in time_grid(diffusion, 100, power=2)]  # 1000 · (k/100)² < k for k < 10
-    assert crowded[-10:] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [t for t, _ in time_grid(diffusion, 5, power=3)] == [999, 511, 215, 63, 7]  # 1000 · (k/5)³ - 1
+    crowded = [t for t, _ in time_grid(diffusion, 100, power=3)]  # 1000 · (k/100)³ < k for k < 31.6
+    assert crowded[-31:] == list(range(30, -1, -1))
+
+
+def test_two_steps_of_consistency_sampling_start_at_999_and_124():
+    """The timesteps of the published scores."""
+    assert Generator(Function(), Diffusion(1000, "cosine"), "consistency").grid == [(999, 124), (124, -1)]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40])
