@@ -16,7 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--interpolate",
         action="store_true",
-        help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by dpmpp_2m_sde",
+        help="also interpolate from image 0 to image 1; all images are then by dpmpp_2m, not by dpmpp_2m_sde, unless "
+        "the model was trained for consistency",
     )
     parser.add_argument("--gif", action="store_true", help="also animate how the first batch emerges from noise")
     parser.add_argument(
@@ -121,6 +122,9 @@ def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, 
     """What --start_from, --strength and --inpaint are to a Generator of a model with these settings."""
     read = partial(datasets.read_image, name=model["dataset"], image_size=model["image_size"])
     start: dict[str, Any] = {"strength": args.strength}
+    for path in map(Path, filter(None, (args.start_from, args.inpaint))):
+        if path.resolve().parent == Path(args.output_dir).resolve() and path.match("sample_*.png"):
+            raise errors.UserError(f"{path} might be overwritten by the results: give another --output_dir")
     if args.start_from:
         start["image"] = datasets.normalise(read(args.start_from, channels=model["channels"]))
     if args.inpaint:

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -552,6 +553,20 @@ def test_more_steps_than_the_model_has_timesteps_are_refused_with_both_numbers(
     message = refusal(2, script, *flags)
     assert "41" in message and "40" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own", ["--start_from", "--inpaint"])
+def test_an_image_of_an_earlier_run_is_not_overwritten_by_its_variations(own, refusal, draw, sketch, mask, trained):
+    """And the other file may be anywhere."""
+    earlier = draw("out", "--num_samples", 1, "--steps", 1) / "sample_00000.png"
+    content = earlier.read_bytes()
+    files = {"--start_from": sketch, "--inpaint": mask} | {own: earlier}
+    flags = ["--checkpoint", trained.checkpoint, "--output_dir", earlier.parent, *chain(*files.items())]
+    assert f"{earlier} might be overwritten" in refusal(1, sample, *flags)
+    assert earlier.read_bytes() == content
+
+    (elsewhere := earlier.with_name("mine.png")).write_bytes(content)
+    draw("out", "--num_samples", 1, "--steps", 2, "--start_from", elsewhere)
 
 
 def test_a_checkpoint_without_raw_weights_says_so(refusal, random_model, tmp_path):
