@@ -34,7 +34,7 @@ def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: in
         raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
     start = round(diffusion.time_steps * strength) - 1
     count = min(max(1, round(steps * strength)), start + 1)
-    remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps, at each time
+    remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps left, at each time
     times = ((start + 1) * remaining**power / max(count, 1) ** power).maximum(remaining) - 1
     return list(pairwise(times.round().int().tolist()))
 
