@@ -297,6 +297,8 @@ def go_on(trainer: Trainer) -> int:
         how = "raise --epochs, or start anew with --fresh --overwrite"
         log.info("nothing to do after %s: %s", counted(done, "epoch"), how)
         return 0
+    if args.compile:
+        log.info("compiling the network: the first step takes a minute or two")
     try:
         return trainer.run()
     except Diverged as error:

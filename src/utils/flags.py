@@ -167,7 +167,8 @@ def pick_sampler(sampler: str, given: Collection[str], settings: Mapping[str, An
             raise SettingError("--eta is for --sampler ddim; the model was trained for consistency")
         return "consistency"
     if consistent != (sampler == "consistency"):
-        log.warning("expect bad images: the sampler is %s, and OBJECTIVE %s", sampler, settings["objective"])
+        trained = "consistency" if consistent else "all samplers but consistency"
+        log.warning("expect bad images: --sampler is %s, and the model was trained for %s", sampler, trained)
     return sampler
 
 

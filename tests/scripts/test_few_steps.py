@@ -48,7 +48,7 @@ def test_a_model_is_sampled_as_it_was_trained_by_all_scripts(used, fast, tmp_pat
         assert sample.main(arguments(sample, *how)) == 0
     assert used == [("consistency", 2), ("consistency", 4), ("ddim", 50), ("consistency", 2)]
     assert [r.message for r in caplog.records if r.levelname == "WARNING" and "expect" in r.message] == [
-        "expect bad images: the sampler is ddim, and OBJECTIVE consistency"
+        "expect bad images: --sampler is ddim, and the model was trained for consistency"
     ]
 
     with pytest.raises(errors.SettingError, match="--eta is for --sampler ddim"):
