@@ -218,7 +218,7 @@ async function sample({ ort, session, settings }, { noise, labels, steps, guidan
     const [conditional, unconditional] = [both.slice(0, x_t.length), both.slice(x_t.length)];
     return pixels((c, u) => u + guidance * (c - u), conditional, unconditional); // Ho & Salimans 2022, eq. 6
   };
-  const power = { consistency: 3, dpmpp_2m_sde: 1.5 }[settings.sampler], diffusion = new Diffusion(settings);
+  const power = settings.sampler === "consistency" ? 3 : 1, diffusion = new Diffusion(settings);
   const grid = timeGrid(diffusion.T, steps, strength, power);
   const first = grid[0]?.[0] ?? -1; // with no steps, x_t is the image itself
   let x_t = image && first < diffusion.T - 1 ? diffusion.qSample(image, first, noise[0]) : noise[0];

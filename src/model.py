@@ -28,13 +28,6 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision, cache_enabled=False)
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which everything runs in the precision of its input, within `autocast`, too."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 class TimeEmbedding(nn.Module):
     """Embeds t: sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, §3.5), then two linear layers."""
 
@@ -198,8 +191,7 @@ class UNet(nn.Module):
         if y is not None:
             assert self.label is not None, "an unconditional model has no classes"
             emb = emb + self.label(y)  # (B, D) or (1, D)
-        with no_autocast(x_t.device):  # bfloat16 would round x_t to 8 bits, and the noise of the last steps is small
-            h = self.conv_in(x_t)  # (B, dim, H, W)
+        h = self.conv_in(x_t)  # (B, dim, H, W)
 
         skips = []
         for block, attention, downsample in zip(self.down, self.down_attention, [*self.downsample, None], strict=True):

@@ -19,7 +19,7 @@ Draw = Callable[[], Tensor]  # () → fresh N(0, I) noise shaped like x_T
 Grid = Sequence[tuple[int, int]]  # (t, s) of each step
 
 
-def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: float = 1) -> Grid:
+def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: int = 1) -> Grid:
     """The (t, s) pairs of `steps` steps from t = T - 1 to the clean image s = -1.
 
     The k-th step from the end starts at t = T · (k / steps)^power - 1, rounded: with a power of 1, steps are evenly
@@ -140,7 +140,7 @@ class Sampler:
     run: Callable[..., Iterator[Tensor]]
     steps: int  # chosen by FID: docs/speed.md
     stochastic: bool
-    power: float = 1  # of the spacing of its steps, see `time_grid`; chosen by FID, too: docs/recipe.md
+    power: int = 1  # of the spacing of its steps, see `time_grid`; chosen by FID, too: docs/recipe.md
 
 
 # src/utils/settings.py reads this table from the source text: keep it a literal dictionary.
@@ -148,6 +148,6 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm, steps=50, stochastic=True),
     "ddim": Sampler(ddim, steps=50, stochastic=False),
     "dpmpp_2m": Sampler(dpmpp_2m, steps=20, stochastic=False),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True, power=1.5),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True),
     "consistency": Sampler(consistency, steps=2, stochastic=True, power=3),
 }

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "weights/scores"
@@ -84,7 +84,7 @@ def draw_editing() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         sketch, mask = Path(scratch, "sketch.png"), Path(scratch, "mask.png")
         polygons(SHIRT, grey=150).save(sketch)
-        polygons(*SIDES, grey=255).save(mask)
+        ImageOps.expand(polygons(*SIDES, grey=255), 2).save(mask)  # padded to the size of the generated shirt
 
         def edit(image: Path, name: str, flags: str) -> list[Path]:
             run("sample.py", "fashion-mnist.pth", f"--start_from {image} --seed 9 {flags}", f"{scratch}/{name}")

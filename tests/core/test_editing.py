@@ -42,7 +42,7 @@ class Function(nn.Module):
 
 @pytest.mark.parametrize("time_steps", [1, 2, 7, 40, 1000])
 @pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("power", [1, 1.5, 3])
+@pytest.mark.parametrize("power", [1, 2, 3])
 def test_the_grid_is_the_last_part_of_the_way(time_steps, strength, power):
     diffusion = Diffusion(time_steps, "cosine")
     for steps in {1, 2, 3, 20, time_steps - 1, time_steps} & set(range(1, time_steps + 1)):

@@ -211,7 +211,7 @@ def test_the_page_visits_the_timesteps_of_the_samplers(blank):
         for T in (1, 7, 100, 1000)
         for steps in (1, 2, 3, 16, 50)
         for strength in (0.05, 0.5, 0.7, 1)
-        for power in (1, 1.5, 3)
+        for power in (1, 3)
     ]
     theirs = blank.evaluate("cases => cases.map((case_) => simple.timeGrid(...case_))", cases)
     for (T, *way), grid in zip(cases, theirs, strict=True):
