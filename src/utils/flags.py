@@ -167,7 +167,7 @@ def pick_sampler(sampler: str, given: Collection[str], settings: Mapping[str, An
             raise SettingError("--eta is for --sampler ddim; the model was trained for consistency")
         return "consistency"
     if consistent != (sampler == "consistency"):
-        trained = "consistency" if consistent else "all samplers but consistency"
+        trained = "consistency" if consistent else "the other samplers"
         log.warning("expect bad images: --sampler is %s, and the model was trained for %s", sampler, trained)
     return sampler
 
