@@ -44,7 +44,7 @@ COLUMNS = {  # of the table → score, and digits after the point
     "precision": ("precision", 3),
     "recall": ("recall", 3),
     "classifier distance": ("classifier_fd", 2),
-    "right class": ("class_accuracy", 3),
+    "class accuracy": ("class_accuracy", 3),
 }
 
 

@@ -74,7 +74,7 @@ def _facts(scores: dict[str, Any], protocol: dict[str, Any]) -> list[tuple[str, 
     if scores["class_histogram"] is not None:
         facts.append(("classes", ", ".join(f"{name} {n}" for name, n in scores["class_histogram"].items())))
     if scores["class_accuracy"] is not None:
-        facts.append(("classified as asked", f"{scores['class_accuracy']:.1%}"))
+        facts.append(("class accuracy", f"{scores['class_accuracy']:.1%}"))
     if "bits_per_dim" in scores:
         bits, error, images = scores["bits_per_dim"], scores["bits_per_dim_error"], protocol["bits_per_dim"]["images"]
         plus_minus = "" if error is None else f" ± {error:.3f}"
