@@ -44,11 +44,11 @@ BETA_END: float = 0.02  # last beta of the linear schedule, for T = 1000
 PREDICTION: str = "v"  # what the network predicts: the noise, x_0, or v, which combines both
 OBJECTIVE: str = "denoising"  # what is trained; consistency = distil the model of --init_from, for few sampling steps
 LOSS_WEIGHT: str = "uniform"  # weight of each timestep in the loss; min_snr weights errors of x_0 by min(SNR, 5)
-TIME_SAMPLING: str = "logit_normal"  # how training timesteps are drawn; logit_normal favours the middle noise levels
+TIME_SAMPLING: str = "logit_normal"  # how training timesteps are drawn; in distillation stratified by default
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate; in training, in each grid of samples
-SAMPLER: str = "dpmpp_2m_sde"  # sampler
+SAMPLER: str = "dpmpp_2m_sde"  # sampler; consistency by default for a distilled model
 STEPS: int = 0  # sampling steps, at most TIME_STEPS; 0 = the sampler's default
 ETA: float = 0.0  # noise that DDIM adds per step: 0 = deterministic, 1 = as DDPM
 INTERP_STEPS: int = 10  # frames of an interpolation, both ends included

@@ -143,7 +143,7 @@ class Trainer:
         last = epoch == args.epochs
         learner.synchronize()
         val_loss = self.validate(signals)
-        samples = self.sample_grid(signals) if self.draws(epoch) else None
+        samples = self.sample_grid(signals) if self.samples_follow(epoch) else None
 
         # In consistency distillation the loss does not measure the quality of images: the last state counts as best.
         lowest = learner.finish_epoch(val_loss)
@@ -155,13 +155,13 @@ class Trainer:
         if last:
             self.checkpoints.save("weights.pth")
             self.checkpoints.save("final.pth")
-        self.draw(samples)
+        self.write_pictures(samples)
         if improved or last or epoch % args.save_every == 0 or time.monotonic() >= self.checkpoints.save_due:
             self.checkpoints.save("latest.pth")  # with every best.pth: a resumed run must know the best loss
         of = epoch, args.epochs, learner.history["train"][-1], val_loss, " (best)" if lowest else ""
         log.info("epoch %d/%d: loss %.4f, validation %.4f%s", *of)
 
-    def draws(self, epoch: int) -> bool:
+    def samples_follow(self, epoch: int) -> bool:
         """Whether a grid of samples follows an epoch, counted from 1: the first, the last, and every SAMPLE_EVERY."""
         return epoch in (1, self.args.epochs) or epoch % self.args.sample_every == 0
 
@@ -174,14 +174,14 @@ class Trainer:
         args, learner, begun = self.args, self.learner, self.learner.steps - self.pace.steps
         epochs = f"{counted(args.epochs, 'epoch')} {'takes' if args.epochs == 1 else 'take'}"
         run = f"the rest of the {args.epochs} epochs takes" if begun else epochs
-        epoch = next(filter(self.draws, range(learner.epoch + 1, args.epochs + 1)))
+        epoch = next(filter(self.samples_follow, range(learner.epoch + 1, args.epochs + 1)))
         wait = duration((epoch * self.batches_per_epoch - learner.steps) * seconds)
         return (
             f"{run} about {duration((self.steps - begun) * seconds)} at {args.batch_size / seconds:.0f} images/s; "
             f"the {'first' if epoch == 1 else 'next'} samples come in about {wait}: {self.picture(epoch)}"
         )
 
-    def draw(self, samples: Tensor | None = None) -> None:
+    def write_pictures(self, samples: Tensor | None = None) -> None:
         """Write the plot of the losses and, unless None, the samples of an epoch (C,H,W) uint8."""
         if not self.world.is_main:
             return
@@ -234,8 +234,8 @@ class Trainer:
                 advance(len(x_t) * self.world.size)
                 signals.check()
 
-            draw = partial(generator.images, args.seed, on_step=on_step)
-            return pictures.image_grid(torch.cat(list(self.world.divide(draw, args.num_samples, args.batch_size))))
+            generate = partial(generator.images, args.seed, on_step=on_step)
+            return pictures.image_grid(torch.cat(list(self.world.divide(generate, args.num_samples, args.batch_size))))
 
     def monitor(self) -> Monitor | Silence:
         """What shows and logs the progress, in the main process only."""
@@ -252,7 +252,7 @@ class Trainer:
             logging_redirect_tqdm(),
             StopSignals(self.world.maximum) as signals,
         ):
-            self.draw()  # now: if it fails, that is to be known before the end of the first epoch
+            self.write_pictures()  # now: if it fails, that is to be known before the end of the first epoch
             try:
                 while learner.epoch < args.epochs:
                     self.train_epoch(monitor, signals)

@@ -31,7 +31,7 @@ def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
     """Betas equally spaced from `beta_start` to `beta_end` (Ho et al. 2020, §4), (T,) float64.
 
     The paper's values are meant for T = 1000. For other T both ends are scaled by 1000 / T, which keeps the sum of the
-    betas, and so approximately α̅_T. Betas are capped at 0.999, which only matters for very small T.
+    betas, and so for T of a hundred or more roughly α̅_T. Betas are capped at 0.999, which matters for T ≤ 20 only.
     """
     scale = 1000 / time_steps
     return torch.linspace(scale * beta_start, scale * beta_end, time_steps, dtype=torch.float64).clamp(max=0.999)

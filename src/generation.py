@@ -107,7 +107,7 @@ class Generator:
 
     Args:
         unet, diffusion: as returned by `restore`.
-        sampler: a name in SAMPLERS.
+        sampler: a name in SAMPLERS; "consistency" for a distilled model, and for no other.
         steps: sampling steps, at most T (else ValueError); 0 means the sampler's default, or T if that is less.
         eta: noise of DDIM, from 0 (deterministic) to 1 (as DDPM); other samplers ignore it.
         precision: of the network's arithmetic; the sampler computes in float32.

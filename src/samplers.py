@@ -25,8 +25,8 @@ def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: in
     The k-th step from the end starts at t = T · (k / steps)^power - 1, rounded: with a power of 1, steps are evenly
     spaced, and a higher one shortens those near the image, but not below one timestep.
 
-    `strength`, from 0 to 1, is the fraction of this way that is travelled, its end: steps · strength steps, at least
-    one, from t = T · strength - 1, both rounded. If that t is -1, the clean image, there are no steps.
+    `strength`, from 0 to 1, shortens the way: T becomes T · strength and the number of steps becomes steps · strength,
+    at least one, both rounded. The power spaces these steps. If their first t is -1, the clean image, there are none.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}: choose 0 to 1")

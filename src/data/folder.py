@@ -111,7 +111,8 @@ def survey(root: Path) -> Folder:
 def number(path: str) -> int:
     """Return a number from 0 to 2^64 - 1 that depends on the path alone, which is relative and has slashes.
 
-    Whether an image is for testing and where it stands in the order do not change when others are added.
+    Whether an image is for testing and where it stands in the order do not change when others are added, except in a
+    class of one image, which is for training, and in data without any other test image.
     """
     name = unicodedata.normalize("NFC", path)  # macOS may store the same name in another form
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")

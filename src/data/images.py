@@ -34,6 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would take an image of 179 megapixels fo
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Source = str | Path | io.BytesIO
 _one_large = threading.Lock()
 
 
@@ -181,12 +182,7 @@ def decode(path: str | Path, size: int, channels: int, frame: int = 0) -> Tensor
         UserError: the file cannot be read; the message names it.
     """
     try:
-        try:
-            image = _open(path, size, channels, frame)
-        except (OSError, SyntaxError, ValueError):
-            if not (content := _without_metadata(Path(path).read_bytes())):
-                raise
-            image = _open(io.BytesIO(content), size, channels, frame)
+        image = _despite_metadata(lambda source: _open(source, size, channels, frame), path)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise almost anything
@@ -196,13 +192,30 @@ def decode(path: str | Path, size: int, channels: int, frame: int = 0) -> Tensor
 
 def upright_size(path: str | Path) -> tuple[int, int]:
     """Width and height in pixels of an image file that `decode` can read, after its EXIF orientation was applied."""
-    with Image.open(path) as file:
+    return _despite_metadata(_upright_size, path)
+
+
+def _upright_size(source: Source) -> tuple[int, int]:
+    with Image.open(source) as file:
         width, height = file.size
-        turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90°
+        try:
+            turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90°
+        except Exception:  # damaged, as in `_upright`
+            turned = False
     return (height, width) if turned else (width, height)
 
 
-def _open(source: str | Path | io.BytesIO, size: int, channels: int, frame: int) -> Image.Image:
+def _despite_metadata(read: Callable[[Source], Result], path: str | Path) -> Result:
+    """Return `read(path)`, or if that fails and the file is a PNG, `read` of the same image without metadata."""
+    try:
+        return read(path)
+    except (OSError, SyntaxError, ValueError):
+        if not (content := _without_metadata(Path(path).read_bytes())):
+            raise
+        return read(io.BytesIO(content))
+
+
+def _open(source: Source, size: int, channels: int, frame: int) -> Image.Image:
     with Image.open(source) as file:
         pixels = file.width * file.height
         if pixels > LARGEST:

@@ -189,10 +189,11 @@ def load_model(
 
 
 def folder_name(model: Model, options: Options) -> str:
-    """Name of the folder for the results, which differs wherever model, sampling or number of images do.
+    """Name of the folder for the results, which differs where model, way of sampling or number of images do.
 
     An example is best-31e22359-ddim-50-eta0.5-class-all-guidance1.5-n1000-seed0, where 31e22359 begins the SHA-256 of
-    the checkpoint. eta, classes and guidance are left out where they have no effect.
+    the checkpoint. eta, classes and guidance are left out where they have no effect. Precision, device, data and
+    Inception weights are not in the name.
     """
     generator = model.generator
     parts = [directories.short(Path(model.file).stem), model.sha256[:8], generator.sampler, str(generator.steps)]
@@ -401,7 +402,7 @@ def collect(scorers: Scorers) -> dict[str, Any]:
 def bits_per_dim(
     generator: Generator, test: Images, labels: Tensor, seed: int
 ) -> tuple[dict[str, float | None], dict[str, dict[str, Any]]]:
-    """Estimate the variational bound of the first test images, and say how.
+    """Estimate the variational bound of the first test images, for `ddpm` in all T steps, and say how.
 
     The network is given the class of each image, if it generates images of classes and was trained on all of them.
 

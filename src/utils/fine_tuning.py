@@ -60,6 +60,8 @@ def initialise(
     elif "label" not in misfits and before.get("classes") != settings["classes"]:
         old, new = ", ".join(before["classes"]), ", ".join(settings["classes"])
         log.warning("the classes %s begin with what %s learnt of %s, in this order", new, path, old)
+    if before["objective"] == "consistency":
+        log.warning("%s was distilled: it has learnt to predict the end of a path, not the mean of x_0", path)
     for name in changed:
         log.warning("%s was trained with %s %s, not %s", path, name.upper(), before.get(name), settings[name])
     network.load_state_dict(own | fitting)

@@ -128,10 +128,14 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**values, given=sorted(given))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line, which suggests a similar flag for an unknown one."""
+        """Exit with status 2 and one line, which suggests what was meant by an unknown flag or a word too many."""
         unknown = re.match(r"unrecognized arguments: (?:-+|(?=[\w-]+=))([\w-]+)", message)
         asked = f"--{unknown[1]}" if unknown else ""  # of --epoch, -epochs and epochs=3, but not of a word alone
-        meant = difflib.get_close_matches(asked, re.findall(r"--\w+", self.format_usage()), 1, 0.7)
+        flags = re.findall(r"--\w+", self.format_usage())
+        initials = [flag for flag in flags if "_" in flag and asked[2:] == "".join(w[0] for w in flag[2:].split("_"))]
+        meant = difflib.get_close_matches(asked, flags, 1, 0.7) or initials[:1]
+        if "--checkpoint" in flags and (file := re.match(r"unrecognized arguments: (\S+\.pth)$", message)):
+            meant = [f"--checkpoint {file[1]}"]
         message += "".join(f"; did you mean {flag}?" for flag in meant)
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 

@@ -190,6 +190,12 @@ REQUIRES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "INPAINT": ("START_FROM", bool, "--inpaint goes with --start_from"),
     "RESIZE": ("CLASSIFIER_ONLY", operator.not_, "--resize is for Inception, not for --classifier_only"),
     "CROP_FRAME": ("CLASSIFIER_ONLY", operator.not_, "--crop_frame is for Inception, not for --classifier_only"),
+    "INCEPTION_WEIGHTS": (
+        "CLASSIFIER_ONLY",
+        operator.not_,
+        "--inception_weights is for Inception, not for --classifier_only",
+    ),
+    "CLASS_DROPOUT": ("CLASS_CONDITIONAL", bool, "--class_dropout does not go with --no-class_conditional"),
     "OVERWRITE": ("FRESH", bool, "--overwrite goes with --fresh"),
     "IGNORE_MISMATCHED_SIZES": ("INIT_FROM", bool, "--ignore_mismatched_sizes goes with --init_from"),
 }

@@ -1,16 +1,17 @@
 """`datasets.read_image`: an image file in the form that a model was trained on."""
 
 import re
+import struct
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from test_folder import METADATA, PICTURE, save
 
 from src.data.datasets import load, read_image
-from src.data.images import decode
+from src.data.images import decode, upright_size
 from src.utils.errors import UserError
 
 GREY = PICTURE[..., 0]  # (32, 32)
@@ -64,6 +65,36 @@ def test_damaged_metadata_do_not_matter(case, tmp_path):
     expected, content = read(path), path.read_bytes()
     path.write_bytes(content[:33] + METADATA[case] + content[33:])
     assert torch.equal(read(path), expected)
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_damaged_metadata_do_not_hide_the_size(case, tmp_path):
+    path = save(tmp_path / "a.png", GREY[:28, :20])
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + METADATA[case] + content[33:])
+    assert upright_size(path) == (20, 28)
+
+
+ASCII, SHORT = 2, 3  # types of a number or text in EXIF data
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (SHORT, b"\1\0", (20, 28)),
+        (SHORT, b"\3\0", (20, 28)),
+        (SHORT, b"\6\0", (28, 20)),  # by 90°
+        (SHORT, b"\x63\0", (20, 28)),  # no orientation is 99
+        (ASCII, b"6\0", (20, 28)),
+    ],
+)
+def test_the_size_is_that_of_the_upright_image(kind, value, expected, tmp_path):
+    count = len(value) if kind == ASCII else 1
+    entry = struct.pack("<HHI", ExifTags.Base.Orientation, kind, count) + value.ljust(4, b"\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    Image.new("L", (20, 28)).save(tmp_path / "a.png", exif=exif)
+    assert upright_size(tmp_path / "a.png") == expected
+    assert decode(tmp_path / "a.png", 28, 1).shape == (1, 28, 28)
 
 
 def test_what_is_transparent_shows_white_within_the_frame(tmp_path):

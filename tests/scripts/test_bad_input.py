@@ -84,7 +84,9 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --batch 3", 2, "unrecognized arguments: --batch 3; did you mean --batch_size?"),
     ("train.py -epochs 3", 2, "unrecognized arguments: -epochs 3; did you mean --epochs?"),
     ("train.py epochs=3", 2, "unrecognized arguments: epochs=3; did you mean --epochs?"),
-    ("sample.py model.pth", 2, "unrecognized arguments: model.pth (see --help)"),
+    ("train.py --lr 1e-3", 2, "unrecognized arguments: --lr 1e-3; did you mean --learning_rate?"),
+    ("sample.py model.pth", 2, "unrecognized arguments: model.pth; did you mean --checkpoint model.pth? (see --help)"),
+    ("sample.py model", 2, "unrecognized arguments: model (see --help)"),
     ("sample.py --gpu", 2, "unrecognized arguments: --gpu (see --help)"),  # nothing is similar enough
     ("sample.py --num-samples 3", 2, "did you mean --num_samples?"),
     # settings that do not go together
@@ -115,6 +117,8 @@ CASES = [  # command, exit status, parts of the line
     ("eval.py --class none --guidance_scale 1", 2, "not go with --class none"),  # the default's value, but given
     ("eval.py --classifier_only --crop_frame", 2, "--crop_frame is for Inception"),
     ("eval.py --classifier_only --resize bilinear", 2, "--resize is for Inception"),
+    ("eval.py --classifier_only --inception_weights a.pth", 2, "--inception_weights is for Inception"),
+    ("train.py --no-class_conditional --class_dropout 0.3", 2, "does not go with --no-class_conditional"),
     ("eval.py --reference all", 2, "invalid choice: 'all'"),
     ("sample.py --class bag --guidance_scale -1", 2, "GUIDANCE_SCALE is -1.0, but must be from 0"),
     ("sample.py --class bag 1 --interpolate --sampler ddim", 2, "--interpolate takes one --class, or none"),

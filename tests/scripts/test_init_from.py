@@ -144,6 +144,13 @@ def test_another_objective_is_a_warning(source, quick, caplog):
     assert "was trained with PREDICTION v, not noise" in caplog.text
 
 
+def test_a_distilled_start_is_a_warning(source, quick, caplog, tmp_path):
+    quick("distilled", "--epochs", 1, "--objective", "consistency", "--init_from", source / "weights.pth")
+    assert "was distilled" not in caplog.text
+    quick("run", "--epochs", 1, "--init_from", tmp_path / "distilled/checkpoint/weights.pth")
+    assert "was distilled: it has learnt to predict the end of a path, not the mean of x_0" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
