@@ -44,7 +44,7 @@ BETA_END: float = 0.02  # last beta of the linear schedule, for T = 1000
 PREDICTION: str = "v"  # what the network predicts: the noise, x_0, or v, which combines both
 OBJECTIVE: str = "denoising"  # what is trained; consistency = distil the model of --init_from, for few sampling steps
 LOSS_WEIGHT: str = "uniform"  # weight of each timestep in the loss; min_snr weights errors of x_0 by min(SNR, 5)
-TIME_SAMPLING: str = "logit_normal"  # how training timesteps are drawn; in distillation stratified by default
+TIME_SAMPLING: str = "logit_normal"  # timesteps in training; logit_normal favours the middle; distillation: stratified
 
 # Sampling
 NUM_SAMPLES: int = 64  # images to generate; in training, in each grid of samples

@@ -129,7 +129,7 @@ def test_help_lists_the_choices_of_a_setting(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "one of noise, x0, v (default: v)" in text
     assert "one of linear, cosine (default: cosine)" in text
-    assert "sampler: ddpm (50 steps, stochastic), ddim (50 steps, deterministic), dpmpp_2m (20 steps," in text
+    assert "model: ddpm (50 steps, stochastic), ddim (50 steps, deterministic), dpmpp_2m (20 steps," in text
     for name, setting in settings.SETTINGS.items():
         assert all(choice in text for choice in setting.choices), name
 
@@ -272,7 +272,7 @@ SCRIPTS: dict[str, ModuleType] = {"train": train, "sample": sample, "eval": eval
 RUNS = {
     "train": [
         TRAIN,
-        f"{TRAIN} --no-class_conditional --epochs 1",
+        TRAIN.replace("--class_dropout 1", "--no-class_conditional --epochs 1"),
         f"{TRAIN} --objective consistency --init_from model.pth --prediction v --epochs 1",
     ],
     "sample": [
