@@ -353,4 +353,4 @@ def test_the_published_scores_are_of_the_bundled_weights_by_the_default_sampler(
     assert (made["sampler"], made["steps"], made["seed"]) == (config.SAMPLER, default, config.SEED)
     fid = f"{published['scores']['fid']:.2f}"
     assert f"FID-10k {fid}: " in (ROOT / "weights/README.md").read_text()
-    assert f"FID is **{fid}** " in (ROOT / "README.md").read_text()
+    assert f"FID-10k is **{fid}** " in (ROOT / "README.md").read_text()
