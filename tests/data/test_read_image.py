@@ -1,4 +1,4 @@
-"""`datasets.read_image`: an image file in the form that a model was trained on."""
+"""`datasets.read_image`: an image file in the form that a model was trained on; and the size of the file's image."""
 
 import re
 import struct
