@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from src.utils.errors import SettingError, UserError, first_line, lacks_memory
+from src.utils.errors import SettingError, UserError, first_line, lacks_memory, writing
 
 PROGRAM = "simple-ddpm"
 FORMAT = 1  # to be raised when older versions of the program cannot read the file
@@ -45,14 +45,13 @@ def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file as `save` does; raises UserError if that is impossible."""
     temporary = path.with_name(path.name + ".tmp")  # always the same name, so that the next save replaces a leftover
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_directory(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free space or choose another path") from error
+        with writing(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):  # after the rename there is nothing to remove
             temporary.unlink()

@@ -29,18 +29,14 @@ class SettingError(UserError):
     status = 2
 
 
-class WriteError(UserError):
-    """A result file cannot be written."""
-
-
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Context that writes the file `path`: an OSError becomes a WriteError, whose message names the file."""
+    """Context that writes the file `path`: an OSError becomes a UserError, whose message names the file."""
     try:
         yield
     except OSError as error:
         why = error.strerror or error
-        raise WriteError(f"cannot write {path} ({why}): free space or choose another place") from error
+        raise UserError(f"cannot write {path} ({why}): free space or choose another place") from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from src.utils import checkpoint
-from src.utils.errors import SettingError, UserError
+from src.utils.errors import SettingError
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,10 @@ def initialise(
         The SHA-256 of the file.
 
     Raises:
-        UserError: the file cannot be read (see `checkpoint.load`), or has no averaged weights.
+        UserError: the file cannot be read, or has no averaged weights (see `checkpoint.load_with_hash`).
         SettingError: the weights are those of another network, or cannot be the teacher of a distillation.
     """
-    state, sha256 = checkpoint.load_with_hash(path)
-    if "ema" not in state or "settings" not in state:
-        raise UserError(f"{path} holds no averaged weights: give another file as --init_from")
+    state, sha256 = checkpoint.load_with_hash(path, "ema")
     source, own, before = state["ema"], network.state_dict(), state["settings"]
     fitting = {name: weight for name, weight in source.items() if name in own and weight.shape == own[name].shape}
     misfits = {name.split(".")[0] for name in (source.keys() | own.keys()) - fitting.keys()}

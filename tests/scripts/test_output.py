@@ -99,7 +99,7 @@ def evaluated(monkeypatch) -> Callable[..., None]:
 
 def test_scores_that_cannot_be_written_are_printed_all_the_same(evaluated, tmp_path, capsys):
     """They took an hour, in which somebody has deleted the directory."""
-    with pytest.raises(errors.WriteError, match=r"cannot write .*metrics.json"):
+    with pytest.raises(errors.UserError, match=r"cannot write .*metrics.json"):
         evaluated(tmp_path / "gone", classifier_only=True)
     assert capsys.readouterr().out == "the table\n"
 
