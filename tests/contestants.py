@@ -145,7 +145,7 @@ def denoising_diffusion_pytorch(device: torch.device) -> Contestant:
 
 
 def diffusers(device: torch.device) -> Contestant:
-    """UNet2DModel with our widths, attention at 16×16 and 8×8; trained as in diffusers' unconditional example."""
+    """UNet2DModel with our widths, attention at 16×16 and 8×8; optimiser and average of the unconditional example."""
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 

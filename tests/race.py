@@ -5,11 +5,11 @@
 
 They train in turns of ten seconds, on the same batches: whatever else the machine does falls on all alike. This
 repository trains as train.py does by default, in bfloat16 where that is fast and with classes. The peers have our
-widths and batch size, and otherwise the network, target, schedule, optimiser and average of their authors, in float32
-and without classes (contestants.py). After each of the minutes, the averaged weights of each generate images through
-the noise schedule that they were trained for. All are sampled by this repository's default sampler: the thousand steps
-of the peers' own would take hours. FID is against the test images.
-"""
+widths and batch size, and otherwise the network, target, schedule, optimiser and average of their authors, in float32,
+without classes, and without random flips and changes of the learning rate (contestants.py). After each of the minutes,
+the averaged weights of each generate images through the noise schedule that they were trained for. All are sampled by
+this repository's default sampler: the thousand steps of the peers' own would take hours. FID is against the test
+images."""
 
 import argparse
 import json

@@ -17,6 +17,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root, whatever the working directory
+import config
+from src.samplers import SAMPLERS
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "weights/scores"
 BEGIN, END = "<!-- scores: written by tests/results.py -->\n", "<!-- end of scores -->\n"
@@ -150,8 +154,13 @@ def is_current(name: str, metrics: dict[str, Any]) -> bool:
         "--reference": protocol["reference"]["split"],
         "--sampler": made["sampler"],
         "--steps": str(made["steps"]),
+        "--guidance_scale": f"{made['guidance_scale']:g}",
+        "--seed": str(made["seed"]),
+        "--class": made["class_choice"],
     }
-    default = {"--reference": "test", **{name: found[name] for name in ("--sampler", "--steps")}}
+    sampler = "consistency" if "fast" in weights else config.SAMPLER
+    default = {"--reference": "test", "--sampler": sampler, "--steps": str(SAMPLERS[sampler].steps)}
+    default |= {"--guidance_scale": f"{config.GUIDANCE_SCALE:g}", "--seed": str(config.SEED), "--class": "drawn"}
     return protocol["checkpoint"]["sha256"] == sha256(weights) and found == default | given
 
 

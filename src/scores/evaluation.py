@@ -171,6 +171,8 @@ def load_model(
     with checkpoint.explained(path):
         unet, diffusion = restore(state, device)
     labels, counts = flags.pick_classes(classes, state["settings"])
+    if state["settings"]["classes"] and not (labels or counts):
+        guidance_scale = 1.0  # config.GUIDANCE_SCALE is for images of a class; here it must not be recorded
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
         sampler = flags.pick_sampler(sampler, given, state["settings"])
@@ -427,7 +429,7 @@ def bits_per_dim(
 
 
 def protocol(model: Model, options: Options, reference_count: int, test_count: int) -> dict[str, Any]:
-    """Everything needed to reproduce the scores, except for the feature networks.
+    """What decides the scores, beside the code itself; without the feature networks.
 
     Args:
         model, options: of the evaluation.
@@ -441,6 +443,7 @@ def protocol(model: Model, options: Options, reference_count: int, test_count: i
             "images": count,
             "sampler": generator.sampler,
             "steps": generator.steps,
+            "timesteps": [t for t, _ in generator.grid],
             **generator.options,
             "class_choice": model.class_choice,
             "classes": model.classes,

@@ -128,8 +128,9 @@ class Extractor(nn.Module):
         """Features and logits of images (B, 1 or 3, H, W), uint8 in [0, 255].
 
         Grayscale is repeated to three channels. By default, scores equal those of torchmetrics'
-        FrechetInceptionDistance(feature=2048), and those of pytorch-fid up to rounding. The resize of TensorFlow 1
-        shifts images of 32×32 by up to 4 of 299 pixels: its scores form another family, as torch-fidelity's do.
+        FrechetInceptionDistance(feature=2048), and those of pytorch-fid within 1%: it scales pixels to [-1, 1], and
+        torchmetrics to [-1, 1). The resize of TensorFlow 1 shifts images of 32×32 by up to 4 of 299 pixels: its scores
+        form another family, as torch-fidelity's do.
 
         Returns:
             Features (B, 2048) and logits (B, 1008), float32. The logits omit the bias of the last layer, as in the

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 DATA_LAYERS = {"conv_in", "conv_out", "label"}  # their shapes depend on the channels and classes of the data
 SHAPE_SETTINGS = "image_size channels unet_dim unet_dim_mults encoder_attention classes".split()
-PROCESS_SETTINGS = "prediction schedule_type time_steps".split()  # what the network is trained to predict
+PROCESS_SETTINGS = "image_size prediction schedule_type time_steps".split()  # what the network is trained to predict
 LINEAR_SETTINGS = "beta_start beta_end".split()  # likewise, on the linear schedule
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import ROOT
 
 from src.generation import Generator, build
 from src.scores import evaluation
@@ -79,3 +80,10 @@ def test_the_bound_of_a_single_image_has_no_error(count):
     scores, _ = evaluation.bits_per_dim(Generator(*build(SETTINGS)), images, labels, seed=0)
     assert scores["bits_per_dim"] > 0
     assert (scores["bits_per_dim_error"] is None) == (count == 1)
+
+
+@pytest.mark.parametrize(("classes", "scale"), [([], 2), (["bag"], 2), (["none"], 1)])
+def test_guidance_is_not_recorded_where_there_is_no_class(classes, scale):
+    how = {"sampler": "ddim", "steps": 5, "eta": 0.0, "precision": "float32", "guidance_scale": 2.0}
+    file = str(ROOT / "weights/fashion-mnist.pth")
+    assert evaluation.load_model(file, torch.device("cpu"), classes=classes, **how).generator.guidance_scale == scale

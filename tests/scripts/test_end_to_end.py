@@ -176,6 +176,7 @@ def check_evaluation(folder: Path, output: str, trained: SimpleNamespace, weight
         "weights": "ema",
     }
     made = {"images": 16, "sampler": "dpmpp_2m_sde", "steps": 5, "seed": 3, "batch_size": 6}
+    made["timesteps"] = [49, 39, 29, 19, 9]
     made |= {"precision": "bfloat16", "class_choice": "drawn", "classes": [], "guidance_scale": 1.0}
     assert protocol["generated"] == made
     assert protocol["reference"] == {"dataset": "fashion-mnist-tiny", "split": "test", "images": 500, "classes": []}

@@ -120,6 +120,16 @@ def test_other_classes_in_the_same_number_are_a_warning(source, caplog):
     assert "the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 begin with what" in caplog.text
 
 
+def test_another_image_size_is_a_warning_where_all_weights_fit_but_not_for_a_teacher(source, caplog):
+    state = checkpoint.load(source / "weights.pth")
+    settings = {**state["settings"], "image_size": 32}
+    unet, _ = generation.build(settings)
+    fine_tuning.initialise(unet, settings, source / "weights.pth")
+    assert "was trained with IMAGE_SIZE 28, not 32" in caplog.text
+    with pytest.raises(SettingError, match="cannot be distilled: IMAGE_SIZE is 28 there and 32 here"):
+        fine_tuning.initialise(unet, {**settings, "objective": "consistency"}, source / "weights.pth")
+
+
 def test_layers_of_other_data_start_anew_where_that_is_asked_for(source, quick, saved, tmp_path):
     """Three channels and two classes instead of one and ten."""
     state = checkpoint.load(source / "weights.pth")
