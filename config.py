@@ -1,5 +1,7 @@
-"""The default of every setting, with its meaning and unit. Each is also a flag: BATCH_SIZE is --batch_size. (Only
-SAMPLE_BATCH and EVAL_SAMPLES are not: they are defaults of other flags.)
+"""The default of every setting, with its meaning and unit.
+
+All but SAMPLE_BATCH and EVAL_SAMPLES, which are the defaults of other flags, are also flags: BATCH_SIZE is
+--batch_size.
 
 The annotation is the type of the flag and the comment is its help text. What a value must be, which scripts use it and
 whether a resumed run may change it is in src/utils/settings.py.
@@ -16,7 +18,6 @@ BATCH_SIZE: int = 64  # images per batch, over all processes; in training withou
 LEARNING_RATE: float = 2e-3  # peak learning rate of Adam
 LR_WARMUP: int = 200  # optimiser steps of linear learning-rate warm-up; without the flag, a tenth of all at most
 LR_DECAY: float = 1.0  # fraction of all steps, at the end, over which the learning rate falls linearly to 0; 0 = none
-ADAM_BETA2: float = 0.999  # decay rate of Adam's average of squared gradients
 ACCUMULATE: int = 1  # gradient accumulation: parts into which a batch is divided to save memory
 EPOCHS: int = 200  # passes over the training images
 GRAD_CLIP: float = 1.0  # maximum norm of the gradient; larger gradients are scaled down to it

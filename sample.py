@@ -162,7 +162,7 @@ def sample(args: argparse.Namespace, world: World) -> int:
             precision=precision,
             classes=classes,
             class_counts=counts,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=flags.pick_guidance(args.guidance_scale, args.given, bool(classes or counts)),
             **start,
         )
     with directories.output_directories({"output_dir": args.output_dir}) as (directory,):

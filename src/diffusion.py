@@ -31,7 +31,7 @@ def linear_betas(time_steps: int, beta_start: float, beta_end: float) -> Tensor:
     """Betas equally spaced from `beta_start` to `beta_end` (Ho et al. 2020, §4), (T,) float64.
 
     The paper's values are meant for T = 1000. For other T both ends are scaled by 1000 / T, which keeps the sum of the
-    betas, and so for T of a hundred or more roughly α̅_T. Betas are capped at 0.999, which matters for T ≤ 20 only.
+    betas, and so roughly α̅_T (at T = 100, it is half). Betas are capped at 0.999, which matters for T ≤ 20 only.
     """
     scale = 1000 / time_steps
     return torch.linspace(scale * beta_start, scale * beta_end, time_steps, dtype=torch.float64).clamp(max=0.999)
@@ -192,11 +192,11 @@ class Diffusion:
         """The loss of consistency distillation, a scalar, for prediction v (Song et al. 2023, Algorithm 2).
 
         The estimate of x_0 from x_t learns to equal that from x_r, r = t - gap · T, to which a step of DDIM with the
-        `teacher` leads from x_t. So all points of a path get the estimate of its end: at x_{-1}, the clean image, the
-        estimate is x_{-1} itself, since v has the factor √(1 - α̅) = 0 there. r is at least one timestep below t, and
-        no further than -1. Algorithm 2 takes the estimate from x_r from an average of the network's weights. Here the
-        network itself gives it: Song & Dhariwal 2024 (§3.2) drop the average in training without a teacher. The error
-        is that of v, which is that of x_0 over √(1 - α̅_t).
+        `teacher` leads from x_t. So all points of a path get the estimate of its end: at t = -1, the clean image, the
+        estimate is the image itself, since v has the factor √(1 - α̅) = 0 there. r is at least one timestep below t,
+        and no further than -1. Algorithm 2 takes the estimate from x_r from an average of the network's weights. Here
+        the network itself gives it: Song & Dhariwal 2024 (§3.2) drop the average in training without a teacher. The
+        error is that of v, which is that of x_0 over √(1 - α̅_t).
         """
         r = (t - max(1, round(gap * self.time_steps))).clamp(min=-1)  # (B,)
         x_t = self.q_sample(x0, t, eps)  # (B, C, H, W)
@@ -211,17 +211,17 @@ class Diffusion:
         error = (x0_from_t - x0_from_r) / noise  # (B, C, H, W)
         return (self.weight(t) * error.square()).mean()
 
-    def weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
         """The weight of timestep t in the loss, float32 (B,1,1,1); 1 for "uniform".
 
-        "min_snr" weights the squared error of x_0 by min(SNR, γ), γ = 5 (Hang et al. 2023, §3.4). That error is the
-        squared error of eps divided by SNR, or that of v divided by SNR + 1.
+        "min_snr" weights the squared error of x_0 by min(SNR, 5) (Hang et al. 2023, §3.4, with γ = 5). That error is
+        the squared error of eps divided by SNR, or that of v divided by SNR + 1.
         """
         if self.loss_weight == "uniform":
             return torch.ones(len(t), 1, 1, 1, device=self.device)
         snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
         ratio = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]  # squared error over x_0's
-        return self.per_image(snr.clamp(max=gamma) / ratio)
+        return self.per_image(snr.clamp(max=5) / ratio)
 
     def per_image(self, coefficient: Tensor) -> Tensor:
         """Round coefficients (B,) float64 to float32, shape them (B,1,1,1) and copy them to the images' device."""

@@ -144,8 +144,6 @@ class Generator:
         self.device = next(unet.parameters()).device
         self.steps = steps or min(SAMPLERS[sampler].steps, diffusion.time_steps)
         self.options = {"eta": eta} if sampler == "ddim" else {}
-        if self.steps > diffusion.time_steps:
-            raise ValueError(f"--steps is {steps}, but the model has {diffusion.time_steps} timesteps: use fewer")
         if guidance_scale != 1 and unet.label is None:
             raise ValueError("--guidance_scale is for models that were trained with classes")
         if image is None and (strength != 1 or mask is not None):

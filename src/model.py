@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B), reduced to about two million parameters.
+"""The U-Net of DDPM (Ho et al. 2020, appendix B), reduced to 2.3 million parameters.
 
 Comments at line ends give shapes: B images, C channels, H × W pixels, D the width of the time embedding.
 """
@@ -24,7 +24,8 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     """Context in which convolutions and matrix products run in `precision`; weights and gradients stay float32."""
     if precision == torch.float32:
         return nullcontext()
-    # In older torch, the cache would keep casts made under no_grad, as in consistency distillation: no gradients.
+    # Older versions of torch would reuse a cast that was made under no_grad, as in consistency distillation, and the
+    # weight would get no gradient.
     return torch.autocast(device.type, precision, cache_enabled=False)
 
 

@@ -31,7 +31,7 @@ def time_grid(diffusion: Diffusion, steps: int, strength: float = 1.0, power: in
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}: choose 0 to 1")
     if not 1 <= steps <= diffusion.time_steps:
-        raise ValueError(f"steps is {steps}: choose 1 to {diffusion.time_steps}, the diffusion's own timesteps")
+        raise ValueError(f"steps is {steps}, but must be from 1 to the model's {diffusion.time_steps} timesteps")
     start = round(diffusion.time_steps * strength) - 1
     count = min(max(1, round(steps * strength)), start + 1)
     remaining = torch.linspace(count, 0, count + 1, dtype=torch.float64)  # steps left, at each time

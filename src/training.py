@@ -68,7 +68,7 @@ class Learner:
             for network in filter(None, (model, self.teacher)):
                 network.compile()  # in place, so that the state_dict keeps its names
         self.network = world.wrap(model)  # shares its weights with `model`
-        self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, settings["adam_beta2"]), fused=True)
+        self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
         self.steps, self.epoch, self.batch = 0, 0, 0  # optimiser steps; epochs finished; batches of the present epoch
         self.best = math.inf  # lowest validation loss
         self.history: dict[str, list[float]] = {"train": [], "val": []}  # losses of every finished epoch
@@ -180,12 +180,13 @@ class Learner:
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float) -> float:
     """The learning rate of step number `step` of `steps`, counting from 1.
 
-    It rises linearly to `peak` over the first `warmup` steps and falls linearly towards 0 over the last fraction
-    `decay` of all steps. It depends on the step alone, so a resumed run needs no state for it.
+    It is the smaller of two lines: one rises to `peak` over the first `warmup` steps, the other falls from `peak` to 0
+    over the last fraction `decay` of all steps. Where they overlap, the rate stays below `peak`. It depends on the
+    step alone, so a resumed run needs no state for it.
     """
     rise = min(1.0, step / max(warmup, 1))
     fall = max(0.0, (steps + 1 - step) / (decay * steps)) if decay > 0 else 1.0
-    return peak * min(rise, fall, 1.0)
+    return peak * min(rise, fall)
 
 
 def loss_of(

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root, whatever the working directory
 import config
-from src.samplers import SAMPLERS
+from src.diffusion import Diffusion
+from src.samplers import SAMPLERS, time_grid
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "weights/scores"
@@ -161,7 +162,9 @@ def is_current(name: str, metrics: dict[str, Any]) -> bool:
     sampler = "consistency" if "fast" in weights else config.SAMPLER
     default = {"--reference": "test", "--sampler": sampler, "--steps": str(SAMPLERS[sampler].steps)}
     default |= {"--guidance_scale": f"{config.GUIDANCE_SCALE:g}", "--seed": str(config.SEED), "--class": "drawn"}
-    return protocol["checkpoint"]["sha256"] == sha256(weights) and found == default | given
+    grid = time_grid(Diffusion(config.TIME_STEPS, config.SCHEDULE_TYPE), made["steps"], power=SAMPLERS[sampler].power)
+    same_grid = made["timesteps"] == [t for t, _ in grid]
+    return protocol["checkpoint"]["sha256"] == sha256(weights) and found == default | given and same_grid
 
 
 def table() -> str:

@@ -208,9 +208,9 @@ def digests(name: str, root: str | Path, split: Split) -> Tensor:
     return _once_read("digests", paths, compute)["digests"]
 
 
-def fingerprint(images: Images, labels: Tensor, digests: Tensor | None = None) -> str:
+def fingerprint(images: Images, labels: Tensor, digests: Tensor) -> str:
     """Return a SHA-256 that identifies a data set: of the images' shape, all labels, and `digests`, if any."""
-    return cache.key(str(tuple(images.shape)), labels, *([] if digests is None or not len(digests) else [digests]))
+    return cache.key(str(tuple(images.shape)), labels, *([digests] if len(digests) else []))
 
 
 def training_sizes(count: int, val_size: int, batch_size: int, parts: int, given: Collection[str]) -> tuple[int, int]:

@@ -108,13 +108,13 @@ def _fetch(source: Source, root: Path, missing: list[str], foreign: Collection[s
     """
     tried = f"{source.name} is not whole in {root}" + (f", nor in {DEBIAN / source.name}" if source.debian else "")
     sources = ("torchvision", source.torchvision, _download), ("apt-get", source.debian, _apt_get)
-    for label, has_it, download in sources:
+    for label, has_it, fetch in sources:
         if not has_it:
             continue
         log.info("fetching %s through %s", source.name, label)
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                download(source, Path(scratch))
+                fetch(source, Path(scratch))
                 files = _read(source, Path(scratch), missing, foreign)
                 rest = [name for name in missing if name not in files]
                 files |= _read(source, Path(scratch), rest, foreign, packed=True)
@@ -131,8 +131,7 @@ def _fetch(source: Source, root: Path, missing: list[str], foreign: Collection[s
 
 def _download(source: Source, scratch: Path) -> None:
     """Download the .gz files, or the archive, from torchvision's first mirror into `scratch`."""
-    from torch import hub  # slow to import, and only the first run needs them
-    from torchvision import datasets
+    from torchvision import datasets  # slow to import, and only the first run needs it
 
     assert source.torchvision  # else `_fetch` does not call this
     dataset = getattr(datasets, source.torchvision)
@@ -141,11 +140,27 @@ def _download(source: Source, scratch: Path) -> None:
     # that drops packets, the waits add up to minutes. So a separate process opens the first URL: it can be killed.
     open_url = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
     _run([sys.executable, "-c", open_url, urls[0]], scratch, TIMEOUT)
+    for url in progress(log, iterable=urls, desc=f"downloading {source.name}", unit=" files"):
+        download(url, scratch / Path(url).name, TIMEOUT)
+
+
+def download(url: str, file: Path, timeout: float, sha256_prefix: str | None = None) -> None:
+    """Download a file, which has its name only when it is complete.
+
+    Args:
+        url, file: from where to where.
+        timeout: seconds without an answer, after which the host counts as blocked.
+        sha256_prefix: first digits of the file's SHA-256; None for any file.
+
+    Raises:
+        OSError or HTTPException: the host gives no such file. RuntimeError: its SHA-256 is another.
+    """
+    from torch import hub  # slow to import, and seldom needed
+
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets no timeout
+    socket.setdefaulttimeout(timeout)  # torch.hub sets no timeout
     try:
-        for url in progress(log, iterable=urls, desc=f"downloading {source.name}", unit=" files"):
-            hub.download_url_to_file(url, str(scratch / Path(url).name), progress=on_terminal(log))
+        hub.download_url_to_file(url, str(file), sha256_prefix, progress=on_terminal(log))
     finally:
         socket.setdefaulttimeout(before)
 

@@ -171,8 +171,6 @@ def load_model(
     with checkpoint.explained(path):
         unet, diffusion = restore(state, device)
     labels, counts = flags.pick_classes(classes, state["settings"])
-    if state["settings"]["classes"] and not (labels or counts):
-        guidance_scale = 1.0  # config.GUIDANCE_SCALE is for images of a class; here it must not be recorded
     dtype = devices.pick_precision(precision, device)
     with errors.setting_errors():
         sampler = flags.pick_sampler(sampler, given, state["settings"])
@@ -185,7 +183,7 @@ def load_model(
             precision=dtype,
             classes=labels,
             class_counts=counts,
-            guidance_scale=guidance_scale,
+            guidance_scale=flags.pick_guidance(guidance_scale, given, bool(labels or counts)),
         )
     return Model(file, sha256, state["settings"], generator, state.get("trained_on"))
 

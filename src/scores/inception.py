@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from src.data.fetch import download
 from src.utils.devices import float32_kernels
 from src.utils.errors import UserError
-from src.utils.progress import on_terminal, progress
+from src.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -190,12 +190,7 @@ def _load(path: Path) -> tuple[_Network, str]:
 
 
 def _download(destination: Path) -> None:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(URL_SECONDS)  # torch.hub has no timeout of its own
-    try:  # this function writes atomically and checks the hash
-        torch.hub.download_url_to_file(URL, str(destination), URL_SHA256, progress=on_terminal(log))
-    finally:
-        socket.setdefaulttimeout(before)
+    download(URL, destination, URL_SECONDS, URL_SHA256)
 
 
 def _download_package(destination: Path) -> None:

@@ -5,14 +5,17 @@ the time, so each image passes through it once, and the features (8 kB per image
 Inception Score are computed by torchmetrics.
 """
 
+import contextlib
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -182,15 +185,11 @@ def kernel_distance(real: Tensor, generated: Tensor, seed: int) -> tuple[float, 
     deviation is not the standard error of the mean.
     """
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will save all extracted features")  # they are in memory already
+    with _no_warning_of_memory():
         kid = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=size, **LOCAL)
     kid.update(real, real=True)
     kid.update(generated, real=False)
-    with torch.random.fork_rng(devices=[]):  # torchmetrics draws from the global generator
-        torch.default_generator.manual_seed(seed)
-        mean, std = kid.compute()
-    return float(mean), float(std)
+    return _compute(kid, seed)
 
 
 def inception_score(logits: Tensor, seed: int, splits: int) -> tuple[float, float]:
@@ -199,13 +198,25 @@ def inception_score(logits: Tensor, seed: int, splits: int) -> tuple[float, floa
     Returns:
         Mean and standard deviation over `splits` parts of the images; the standard deviation of one part is NaN.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will save all extracted features")
+    with _no_warning_of_memory():
         score = InceptionScore(feature=nn.Identity(), splits=splits, **LOCAL)
     score.update(logits)
-    with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles with the global generator
+    return _compute(score, seed)
+
+
+@contextlib.contextmanager
+def _no_warning_of_memory() -> Iterator[None]:
+    """Context without torchmetrics' warning that it keeps all features: they are in memory already."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features")
+        yield
+
+
+def _compute(metric: Metric, seed: int) -> tuple[float, float]:
+    """Mean and standard deviation by a metric of torchmetrics, which draws from the global generator."""
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        mean, std = score.compute()
+        mean, std = metric.compute()
     return float(mean), float(std)
 
 

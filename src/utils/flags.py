@@ -176,6 +176,11 @@ def pick_sampler(sampler: str, given: Collection[str], settings: Mapping[str, An
     return sampler
 
 
+def pick_guidance(scale: float, given: Collection[str], has_classes: bool) -> float:
+    """The guidance scale of images with or without classes: without, it is 1, unless it was `given` as a flag."""
+    return scale if has_classes or "guidance_scale" in given else 1.0
+
+
 def pick_classes(asked: Sequence[str], model: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Convert the classes given as --class to `classes` and `class_counts` of a `generation.Generator`.
 

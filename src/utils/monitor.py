@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.utils import checkpoint
 from src.utils.devices import describe_device
 from src.utils.distributed import World
 from src.utils.errors import by_product
@@ -176,6 +176,4 @@ def _remove_later_lines(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):  # not the whole line of an event
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    checkpoint.write(path, "".join(kept).encode())

@@ -16,11 +16,12 @@ from torch import Tensor
 from src.utils.directories import short
 from src.utils.errors import writing
 
+GAP = 2  # pixels between the images of a grid
 GRID_IMAGES = 64  # most images in the grid of sample.py and of eval.py, 8 × 8
 CLASS_COLUMNS = 10  # most images per class in a grid with one row per class
 
 
-def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+def image_grid(images: Tensor, columns: int | None = None, gap: int = GAP) -> Tensor:
     """Tile images (N,C,H,W) uint8 row by row into one picture (C,H',W'), by default as square as possible.
 
     Gaps and the empty cells of the last row are black.
@@ -31,12 +32,12 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     return rearrange(torch.nn.functional.pad(images, padding), "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-def class_grid(images: Tensor, names: Sequence[str], numbers: Sequence[int], gap: int = 2) -> Tensor:
+def class_grid(images: Tensor, names: Sequence[str], numbers: Sequence[int]) -> Tensor:
     """Tile images (N,C,H,W) uint8 of K classes in turn into a picture (C,H',W') with one labelled row per class.
 
     The label is the name of the class, or its number if no font on this machine has the characters of all names.
     """
-    height = images.shape[2] + gap
+    height = images.shape[2] + GAP
     font = _font("".join(names))
     names = [name[:30] for name in names] if font else list(map(str, numbers))
     font = font or ImageFont.load_default(12)
@@ -45,7 +46,7 @@ def class_grid(images: Tensor, names: Sequence[str], numbers: Sequence[int], gap
     for row, name in enumerate(names):
         ImageDraw.Draw(labels).text((4, height * row + height // 2), name, fill=255, font=font, anchor="lm")
     rows = rearrange(images, "(column row) c h w -> (row column) c h w", row=len(names))
-    picture = image_grid(rows, columns=len(images) // len(names), gap=gap)  # (C, H', columns · W)
+    picture = image_grid(rows, columns=len(images) // len(names))  # (C, H', columns · W)
     strip = torch.from_numpy(np.array(labels)).expand(len(picture), -1, -1)  # (C, H', width)
     return torch.cat([strip, picture], dim=2)
 
@@ -121,9 +122,9 @@ class Gallery:
         return class_grid(shown, self.names, self.numbers) if len(self.names) > 1 else image_grid(shown)
 
 
-def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:
-    """Write pictures (C,H,W) uint8 as a looping GIF of `seconds`, whose last frame is shown for `hold` seconds."""
-    durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * hold)]
+def save_gif(frames: Sequence[Tensor], path: Path) -> None:
+    """Write pictures (C,H,W) uint8 as a looping GIF of four seconds, then its last frame for one and a half."""
+    durations = [round(4000 / len(frames))] * (len(frames) - 1) + [1500]  # ms
     first, *rest = map(to_pil, frames)
     with writing(path):
         # optimize=True would shift grey levels in frames that use all 256 of them.

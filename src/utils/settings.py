@@ -93,7 +93,6 @@ SETTINGS = {
     ),
     "LR_WARMUP": Setting(holds=lambda v: v >= 0, wording="0 or more steps", resume="noted"),
     "LR_DECAY": Setting(holds=lambda v: 0 <= v <= 1, wording="from 0 to 1", resume="noted"),
-    "ADAM_BETA2": Setting(holds=lambda v: 0 <= v < 1, wording="at least 0 and below 1, such as 0.999"),
     "ACCUMULATE": _at_least(1, resume="free"),
     "EPOCHS": _at_least(1, resume="free"),
     "GRAD_CLIP": Setting(holds=lambda v: v > 0, wording="a positive number (inf = never clip)", resume="noted"),

@@ -381,7 +381,7 @@ def test_every_sampler_needs_no_gradients_and_leaves_the_caller_his(name):
 
 @pytest.mark.parametrize("steps", [-1, 0, 21])
 def test_steps_out_of_range_are_refused(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}: choose 1 to 20"):
+    with pytest.raises(ValueError, match=f"steps is {steps}, but must be from 1 to the model's 20"):
         time_grid(Diffusion(20, "cosine"), steps)
 
 

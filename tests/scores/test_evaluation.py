@@ -83,7 +83,7 @@ def test_the_bound_of_a_single_image_has_no_error(count):
 
 
 @pytest.mark.parametrize(("classes", "scale"), [([], 2), (["bag"], 2), (["none"], 1)])
-def test_guidance_is_not_recorded_where_there_is_no_class(classes, scale):
+def test_the_guidance_scale_of_config_is_for_images_of_a_class(classes, scale):
     how = {"sampler": "ddim", "steps": 5, "eta": 0.0, "precision": "float32", "guidance_scale": 2.0}
     file = str(ROOT / "weights/fashion-mnist.pth")
     assert evaluation.load_model(file, torch.device("cpu"), classes=classes, **how).generator.guidance_scale == scale

@@ -43,7 +43,6 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --learning_rate 1e38", 2, "LEARNING_RATE is 1e+38, but must be above 0 and at most 1"),
     ("train.py --lr_warmup -1", 2, "LR_WARMUP is -1, but must be 0 or more steps"),
     ("train.py --lr_decay 1.5", 2, "LR_DECAY is 1.5, but must be from 0 to 1"),
-    ("train.py --adam_beta2 1", 2, "ADAM_BETA2 is 1.0, but must be at least 0 and below 1"),
     ("train.py --accumulate 0", 2, "ACCUMULATE is 0, but must be at least 1"),
     ("train.py --dropout 1", 2, "DROPOUT is 1.0, but must be at least 0 and below 1"),
     ("train.py --class_dropout -0.1", 2, "CLASS_DROPOUT is -0.1, but must be above 0"),
@@ -61,7 +60,7 @@ CASES = [  # command, exit status, parts of the line
     ("sample.py --num_samples 0", 2, "NUM_SAMPLES is 0, but must be at least 1"),
     ("sample.py --interpolate --interp_steps 1", 2, "INTERP_STEPS is 1, but must be at least 2"),
     ("sample.py --steps -1", 2, "STEPS is -1, but must be at least 1 (or 0"),
-    ("sample.py --steps 41", 2, "--steps is 41, but the model has 40 timesteps: use fewer"),
+    ("sample.py --steps 41", 2, "steps is 41, but must be from 1 to the model's 40 timesteps"),
     ("eval.py --eta 2", 2, "ETA is 2.0, but must be from 0 to 1"),
     ("eval.py --num_samples -5", 2, "NUM_SAMPLES is -5, but must be at least 1"),
     # names that nobody knows

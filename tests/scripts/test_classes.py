@@ -375,6 +375,11 @@ def test_guidance_needs_a_class(draw, unet):
         generation.Generator(plain, Diffusion(50, "cosine"), guidance_scale=2.0)
 
 
+def test_a_guidance_scale_that_nobody_gave_as_a_flag_is_for_images_with_classes():
+    assert flags.pick_guidance(2.0, [], has_classes=True) == flags.pick_guidance(2.0, ["guidance_scale"], False) == 2
+    assert flags.pick_guidance(2.0, [], has_classes=False) == 1
+
+
 def test_classes_are_known_by_name_and_number():
     known, counts = ["circle", "square", "star"], [7, 8, 9]
 

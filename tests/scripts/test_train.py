@@ -474,7 +474,6 @@ SHAPING = [
     ("model", [], ["--grad_clip", "1e-3"]),
     ("model", [], ["--lr_warmup", "3"]),
     ("model", [], ["--lr_decay", "0.5"]),
-    ("model", [], ["--adam_beta2", "0.9"]),
     ("model", [], ["--dropout", "0.1"]),
     ("model", [], ["--no-class_conditional"]),
     ("model", [], ["--class_dropout", "0.5"]),

@@ -252,7 +252,7 @@ def network(device: torch.device, **options: Any) -> tuple[UNet, Diffusion]:
 
 def make_learner(device: torch.device, **changes: Any) -> Learner:
     settings = {
-        "batch_size": 8, "ema_decay": 0.9, "adam_beta2": 0.999, "grad_clip": 1.0, "class_dropout": 0.5,
+        "batch_size": 8, "ema_decay": 0.9, "grad_clip": 1.0, "class_dropout": 0.5,
         "time_sampling": "stratified", "accumulate": 1, "compile": False, "objective": "denoising",
     } | changes  # fmt: skip
     options = {name: changes[name] for name in ("prediction", "loss_weight") if name in changes}
