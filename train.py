@@ -96,8 +96,9 @@ class Trainer:
         args.sampler = flags.pick_sampler(args.sampler, args.given, vars(args))
         if args.objective == "consistency" and "time_sampling" not in args.given:
             args.time_sampling = "stratified"  # one step starts at T - 1, which logit_normal hardly ever draws
-        if args.compile and self.world.maximum(int(not devices.can_compile(self.device))):
-            args.compile = False
+        if args.compile:
+            log.info("trying torch.compile: up to a minute")
+            args.compile = not self.world.maximum(int(not devices.can_compile(self.device)))
 
     def load(self) -> tuple[Images, Tensor, Tensor]:
         """The images of the train split, their classes, and the short hashes of their files."""

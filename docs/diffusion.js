@@ -134,7 +134,7 @@ async function loadRuntime(backend) {
   const [script, binary] = await Promise.all(
     Object.entries(FILES[backend]).map(async ([name, integrity]) => {
       const answer = await fetch(RUNTIME + name, { integrity }).catch(() => null);
-      if (!answer?.ok) throw new Error(`ONNX Runtime was not found at ${RUNTIME}, or is not the expected file.`);
+      if (!answer?.ok) throw new Error(`ONNX Runtime was not found at ${RUNTIME}, or is not the expected file: check the internet connection.`);
       return answer.arrayBuffer();
     }),
   );
