@@ -4,6 +4,7 @@ It needs more packages: pip install -r docs/requirements.txt
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -146,8 +147,10 @@ def main(args: argparse.Namespace) -> int:
         unet, diffusion = restore(state)
     sampler = flags.pick_sampler("dpmpp_2m_sde", (), state["settings"])  # the two that the page has
     how = {"sampler": sampler, "class_counts": state["settings"]["class_counts"]}
-    if Path(args.output).is_dir():
+    if os.path.isdir(args.output) or args.output.endswith(os.sep):
         raise errors.SettingError(f"--output {args.output} is a directory: name a file in it")
+    if os.path.exists(args.output) and not os.path.isfile(args.output):  # a device, which would be replaced
+        raise errors.SettingError(f"--output {args.output} is no ordinary file: name another")
     with directories.output_directories({"output": str(Path(args.output).parent)}):
         exact = to_onnx(unet)
         for model, weights in (halve(exact), "float16"), (exact, "float32"):

@@ -136,7 +136,13 @@ def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, 
                 "give the mask the size of the image"
             )
         if not start["mask"].any():
-            raise errors.UserError(f"no pixel of {args.inpaint} is white: nothing would be generated")
+            raise errors.UserError(
+                f"no pixel of {args.inpaint} is white, in the central square to which it is cropped: nothing would be "
+                "generated"
+            )
+        frame = datasets.padding(model["dataset"], size := model["image_size"])  # is black
+        if start["mask"][:, frame : size - frame, frame : size - frame].all():
+            log.warning("every pixel of %s is white or transparent: nothing of the image is kept", args.inpaint)
     return start
 
 

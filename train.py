@@ -146,10 +146,13 @@ class Trainer:
         val_loss = self.validate(signals)
         samples = self.sample_grid(signals) if self.samples_follow(epoch) else None
 
+        # A run that fails in what follows goes on from latest.pth, which is of an earlier step, and repeats this.
+        if not Path(args.checkpoint_path, "latest.pth").exists():
+            monitor.flush()
+            self.checkpoints.save("latest.pth")
         # In consistency distillation the loss does not measure the quality of images: the last state counts as best.
         lowest = learner.finish_epoch(val_loss)
         improved = lowest or args.objective == "consistency"
-        # latest.pth comes last: a run that is killed earlier repeats the end of the epoch.
         monitor.show_validation(learner.steps, val_loss, samples)
         if improved:
             self.checkpoints.save("best.pth")

@@ -85,12 +85,12 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
     files = _read(source, root, source.md5, foreign)
     for folder in (root, DEBIAN / source.name):
         files |= _read(source, folder, [name for name in source.md5 if name not in files], foreign, packed=True)
-    if missing := [name for name in source.md5 if name not in files]:
-        if image := next((path for path in islice(root.rglob("*"), 1000) if path.suffix.lower() in SUFFIXES), None):
+        if not files and (image := _image(root)):
             raise SettingError(
                 f"DATA_PATH {root} has images, such as {image.name}, but not the files of {source.name}: add "
                 "--dataset folder to train on them, or name another folder"
             )
+    if missing := [name for name in source.md5 if name not in files]:
         fetched = _fetch(source, root, missing, foreign)
         _keep(fetched, root / source.name)
         files |= fetched
@@ -98,6 +98,11 @@ def gather(source: Source, root: Path, foreign: Collection[str]) -> dict[str, by
         name.removesuffix(".gz"): bytearray(gzip.decompress(data)) if name.endswith(".gz") else data
         for name, data in files.items()
     }
+
+
+def _image(root: Path) -> Path | None:
+    """An image among the first files under `root`, if there is any."""
+    return next((path for path in islice(root.rglob("*"), 1000) if path.suffix.lower() in SUFFIXES), None)
 
 
 def _fetch(source: Source, root: Path, missing: list[str], foreign: Collection[str]) -> dict[str, bytearray]:

@@ -273,8 +273,7 @@ def run(model: Model, options: Options, directory: Path, world: World) -> None:
 
 def _save_scores(path: Path, seconds: float, scores: dict[str, Any], facts: dict[str, Any]) -> None:
     text = json.dumps({"scores": scores, "protocol": facts, "seconds": round(seconds, 1)}, indent=2)
-    with errors.writing(path):
-        path.write_text(text + "\n")
+    checkpoint.write(path, f"{text}\n".encode())
 
 
 def load_data(model: Model, options: Options, world: World) -> Data:

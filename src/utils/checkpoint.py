@@ -41,17 +41,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write(path, content.getbuffer())
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file as `save` does; raises UserError if that is impossible."""
+def write(path: Path, content: bytes | memoryview, durable: bool = True) -> None:
+    """Write a file as `save` does; raises UserError if that is impossible.
+
+    `durable` is whether it must outlast a power failure: flushing each of many files to disk takes long.
+    """
     temporary = path.with_name(path.name + ".tmp")  # always the same name, so that the next save replaces a leftover
     try:
         with writing(path):
             with open(temporary, "wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
-            _fsync_directory(path.parent)
+            if durable:
+                _fsync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):  # after the rename there is nothing to remove
             temporary.unlink()

@@ -91,6 +91,8 @@ def prepare(script: str) -> None:
             _print_error(script, _no_package(error))
         elif isinstance(error, KeyboardInterrupt):
             _print_error(script, "interrupted")
+        elif isinstance(error, ValueError) and "tqdm" in _module(trace):  # it reads its variables when it is imported
+            _print_error(script, f"an environment variable TQDM_... is wrong ({first_line(error)}): unset it")
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -179,6 +181,13 @@ def _mute_tensorboard(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def _module(trace: TracebackType | None) -> str:
+    """The name of the module in which an error was raised."""
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+
+
 def _own(error: ImportError) -> bool:
     """Whether an import failed within this program: a bug, not a package to install."""
     return (error.name or "").partition(".")[0] == "src"
@@ -199,6 +208,7 @@ def lacks_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "backend out of memory" in str(error)  # RuntimeError of Apple's GPUs
         or "can't allocate memory" in str(error)
+        or "size calculation overflowed" in str(error)
     )
 
 

@@ -32,7 +32,8 @@ def hold(directory: Path) -> Iterator[None]:
             "paths (--checkpoint_path, --output_path, --log_path)"
         ) from None
     try:
-        owner.write_text(str(os.getpid()))
+        with suppress(OSError):  # it only serves a message
+            owner.write_text(str(os.getpid()))
         yield
     finally:
         with suppress(OSError):

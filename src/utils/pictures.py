@@ -13,8 +13,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from src.utils import checkpoint
 from src.utils.directories import short
-from src.utils.errors import writing
 
 GAP = 2  # pixels between the images of a grid
 GRID_IMAGES = 64  # most images in the grid of sample.py and of eval.py, 8 × 8
@@ -75,8 +75,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write (C,H,W) uint8 as an 8-bit PNG, grayscale for one channel, RGB for three."""
-    with writing(path):
-        to_pil(image).save(path)
+    to_pil(image).save(content := io.BytesIO(), "PNG")
+    checkpoint.write(path, content.getbuffer(), durable=False)
 
 
 class Gallery:
@@ -105,12 +105,20 @@ class Gallery:
         """Write a batch (B,C,H,W) uint8 to sample_00000.png and so on, with the name of the class if there are any."""
         rank, size = self.share
         for image in images:
-            name = f"_{short(self.names[self.count % len(self.names)])}" if self.names else ""
+            name = f"_{self._label(self.count % len(self.names))}" if self.names else ""
             if self.count % size == rank:
                 save_png(image, self.directory / f"sample_{self.count:05d}{name}.png")
             if self.count < self.most:
                 self.shown.append(image.clone())  # a view would keep the whole batch in memory
             self.count += 1
+
+    def _label(self, index: int) -> str:
+        """The name of a class in a file name, or its number if the file system's encoding lacks a character."""
+        try:
+            os.fsencode(label := short(self.names[index]))
+        except UnicodeEncodeError:
+            return str(self.numbers[index])
+        return label
 
     def left_over(self) -> int:
         """How many images of an earlier run are still in the directory, not overwritten by this one."""
@@ -126,9 +134,10 @@ def save_gif(frames: Sequence[Tensor], path: Path) -> None:
     """Write pictures (C,H,W) uint8 as a looping GIF of four seconds, then its last frame for one and a half."""
     durations = [round(4000 / len(frames))] * (len(frames) - 1) + [1500]  # ms
     first, *rest = map(to_pil, frames)
-    with writing(path):
-        # optimize=True would shift grey levels in frames that use all 256 of them.
-        first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
+    several = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    # optimize=True would shift grey levels in frames that use all 256 of them.
+    first.save(content := io.BytesIO(), "GIF", optimize=False, **several)
+    checkpoint.write(path, content.getbuffer(), durable=False)
 
 
 def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -156,5 +165,6 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: Path) -> None:
         axes.set_xlim(0, 2)  # a single point gives no range for the ticks
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    with writing(path):
-        figure.savefig(path if train else io.BytesIO(), dpi=120)
+    figure.savefig(content := io.BytesIO(), dpi=120)
+    if train:
+        checkpoint.write(path, content.getbuffer(), durable=False)

@@ -105,7 +105,7 @@ class Run:
         earlier = checkpoint.clear(Path(self.args.checkpoint_path), self.args.overwrite)
         for setting, patterns in RESULTS.items() if earlier else ():  # else the pictures are those of another run
             for pattern in patterns:
-                for path in Path(getattr(self.args, setting)).glob(pattern):
+                for path in filter(Path.is_file, Path(getattr(self.args, setting)).glob(pattern)):
                     path.unlink()
 
     def start_from(self, path: Path) -> None:

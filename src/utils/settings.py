@@ -231,9 +231,9 @@ def problems(config: ModuleType, values: dict[str, Any], given: Collection[str])
         for name, kind in wrong.items()
     ]
     sentences += [
-        f"{name} is {values[name]!r}, but must be {setting.wording}"
+        f"{name} is {values[name]!r}, but must be {wording}"
         for name, setting in SETTINGS.items()
-        if name in values.keys() - wrong.keys() and not setting.holds(values[name])
+        if name in values.keys() - wrong.keys() and (wording := _fault(setting, values[name]))
     ]
     if sentences:
         return sentences  # relations between settings that are wrong on their own would confuse
@@ -264,6 +264,14 @@ def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[s
             sentences = noted if policy == "noted" else refused
             sentences.append(f"{name.upper()} was {before} and is now {wanted[name]!r}")
     return refused, noted
+
+
+def _fault(setting: Setting, value: Any) -> str:
+    """What a value of the right type must be and is not; empty if there is no fault."""
+    if not setting.holds(value):
+        return setting.wording
+    numbers = value if isinstance(value, list) else [value]
+    return "below 2^32" if any(isinstance(number, int) and number >= 2**32 for number in numbers) else ""
 
 
 def _differ(one: str, other: str) -> bool:

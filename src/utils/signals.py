@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP as exceptions that are raised only where the program's state is complete."""
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -49,6 +50,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        if os.isatty(2):  # somebody is waiting; print is not safe in a signal handler
+            os.write(2, b"\nfinishing this step, then saving; once more to stop at once, without saving\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

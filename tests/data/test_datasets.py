@@ -548,9 +548,17 @@ def test_in_order_covers_every_image_once(images):
     assert [y for _, y in in_order(images, 64)] == [None] * 16
 
 
-def test_images_of_one_s_own_are_no_place_for_a_download(tmp_path, monkeypatch):
-    """Somebody has forgotten --dataset folder."""
+@pytest.mark.parametrize("package", [False, True])
+def test_images_of_one_s_own_are_no_place_for_a_data_set(package, tmp_path, monkeypatch):
+    """Somebody has forgotten --dataset folder, on a machine with or without Debian's package."""
     monkeypatch.setattr(fetch, "_fetch", None)
+    monkeypatch.setattr(
+        fetch,
+        "_read",
+        lambda source, folder, names, foreign, packed=False: (
+            dict.fromkeys(names, bytearray()) if package and folder == fetch.DEBIAN / source.name else {}
+        ),
+    )
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats/1.JPG").touch()
     with pytest.raises(SettingError, match=r"has images, such as 1\.JPG, .*: add --dataset folder"):

@@ -43,6 +43,9 @@ CASES = [  # command, exit status, parts of the line
     ("train.py --learning_rate 1e38", 2, "LEARNING_RATE is 1e+38, but must be above 0 and at most 1"),
     ("train.py --lr_warmup -1", 2, "LR_WARMUP is -1, but must be 0 or more steps"),
     ("train.py --lr_decay 1.5", 2, "LR_DECAY is 1.5, but must be from 0 to 1"),
+    ("train.py --lr_warmup 99999999999999999999", 2, "LR_WARMUP is 99999999999999999999, but must be below 2^32"),
+    ("train.py --unet_dim_mults 1 4294967296", 2, "UNET_DIM_MULTS is [1, 4294967296], but must be below 2^32"),
+    ("train.py --image_size 4294967288", 1, "out of memory"),
     ("train.py --accumulate 0", 2, "ACCUMULATE is 0, but must be at least 1"),
     ("train.py --dropout 1", 2, "DROPOUT is 1.0, but must be at least 0 and below 1"),
     ("train.py --class_dropout -0.1", 2, "CLASS_DROPOUT is -0.1, but must be above 0"),
@@ -346,6 +349,12 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(script,
     done = run_script(script, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": path})
     assert done.returncode == 1
     assert re.fullmatch(rf"{script}: error: no package {package}: run pip install -r requirements\.txt\n", done.stderr)
+
+
+def test_an_environment_that_tqdm_cannot_read_is_one_line(tmp_path):
+    done = run_script("sample.py", cwd=tmp_path, env={**ENVIRONMENT, "TQDM_MININTERVAL": "abc"})
+    line = "an environment variable TQDM_... is wrong (could not convert string to float: 'abc'): unset it"
+    assert (done.returncode, done.stderr) == (1, f"sample.py: error: {line}\n")
 
 
 def test_a_broken_package_is_one_line_likewise(tmp_path):

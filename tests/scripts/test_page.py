@@ -513,5 +513,8 @@ def test_export_refuses_in_one_line(tmp_path, checkpoints):
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     done = run_script("export.py", "--checkpoint", checkpoints["v.onnx"], "--output", tmp_path, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    os.mkfifo(tmp_path / "pipe")  # a device would be replaced likewise
+    done = run_script("export.py", "--checkpoint", checkpoints["v.onnx"], "--output", "pipe", cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "pipe").is_fifo()) == (2, True), done.stderr
     done = run_script("export.py", "--checkpont", "x", cwd=tmp_path)
     assert (done.returncode, "did you mean --checkpoint?" in done.stderr) == (2, True)

@@ -424,6 +424,12 @@ def test_strength_0_writes_the_image_itself(sampler, draw, sketch, caplog):
     assert not np.array_equal(changed, np.stack([FRAMED] * 3))  # negative control
 
 
+def test_a_mask_that_keeps_nothing_costs_a_warning(draw, sketch, tmp_path, caplog):
+    Image.new("RGBA", (28, 28)).save(mask := tmp_path / "transparent.png")  # as if on white
+    draw("changed", "--num_samples", 1, "--steps", 2, "--start_from", sketch, "--inpaint", mask)
+    assert f"every pixel of {mask} is white or transparent: nothing of the image is kept" in caplog.text
+
+
 def test_strength_1_ignores_the_image(draw, sketch):
     flags = ["--num_samples", 2, "--steps", 4]
     ordinary = read_samples(draw("ordinary", *flags, "--class", "none"))
@@ -671,6 +677,23 @@ def test_names_of_files_are_shortened(letter, tmp_path):
     first, second = sorted(path.name for path in tmp_path.iterdir())
     assert first.startswith(f"sample_00000_{letter * 10}") and second == "sample_00001_b.png"
     assert gallery.grid().shape[2] < 1000
+
+
+def test_names_that_the_file_system_cannot_encode_are_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii"))
+    gallery = pictures.Gallery(tmp_path, ["ü", "b"], [4, 7])
+    gallery.add(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sample_00000_4.png", "sample_00001_b.png"]
+
+
+@pytest.mark.parametrize("name", ["grid.png", "denoising.gif"])
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(name, tmp_path):
+    image, path = torch.zeros(1, 8, 8, dtype=torch.uint8), tmp_path / name
+    path.write_text("the earlier one")
+    (tmp_path / f"{name}.tmp").mkdir()  # in the way, as a full disk would be
+    with pytest.raises(errors.UserError, match=f"cannot write .*{name}"):
+        pictures.save_png(image, path) if name.endswith("png") else pictures.save_gif([image, image], path)
+    assert path.read_text() == "the earlier one"
 
 
 def test_one_image_is_not_one_images(draw, caplog):

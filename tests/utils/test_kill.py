@@ -169,7 +169,7 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
     epochs = 8  # so many that the kill comes before the last one, also where this process has to wait its turn
     flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", epochs]
     with training(tmp_path, ROOT / "train.py", *flags) as first:
-        wait_for(f"epoch 1/{epochs}", first.stdout)
+        wait_for(f"epoch 1/{epochs}: loss", first.stdout)
     assert first.returncode == -signal.SIGKILL
     second = run_script("train.py", *flags, cwd=tmp_path)
     assert (second.returncode, second.stderr) == (0, "")
@@ -180,7 +180,7 @@ def test_the_same_command_goes_on_after_a_kill(data, tmp_path):
 def test_a_second_training_in_the_same_place_is_refused_with_the_first_one_s_process(data, tmp_path):
     flags = ["--data_path", data, *SHORT_EPOCHS, "--epochs", 10_000]
     with training(tmp_path, ROOT / "train.py", *flags) as first:
-        wait_for("epoch 1/", first.stdout)
+        wait_for("epoch 1/10000: loss", first.stdout)
         second = run_script("train.py", *flags, cwd=tmp_path)
         assert first.poll() is None
     assert (second.returncode, second.stdout) == (1, "")
