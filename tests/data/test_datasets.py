@@ -452,8 +452,9 @@ def test_debians_package_through_apt_get(tmp_path, monkeypatch, scratch):
 
 
 @pytest.mark.slow
-def test_fashion_mnist_from_nothing(tmp_path, scratch):
+def test_fashion_mnist_from_nothing(tmp_path, scratch, monkeypatch):
     """A user's first run, with whatever source this machine can reach."""
+    monkeypatch.setattr(fetch, "DEBIAN", tmp_path / "not installed")
     root = tmp_path / "data"
     for split, count in (("train", 60_000), ("test", 10_000)):
         images, labels = load("fashion-mnist", root, split, 32)
