@@ -140,7 +140,7 @@ def read_start(args: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, 
                 f"no pixel of {args.inpaint} is white, in the central square to which it is cropped: nothing would be "
                 "generated"
             )
-        frame = datasets.padding(model["dataset"], size := model["image_size"])  # is black
+        frame = datasets.padding(model["dataset"], size := model["image_size"])  # around the image
         if start["mask"][:, frame : size - frame, frame : size - frame].all():
             log.warning("every pixel of %s is white or transparent: nothing of the image is kept", args.inpaint)
     return start
