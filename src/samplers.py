@@ -148,6 +148,6 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm, steps=50, stochastic=True),
     "ddim": Sampler(ddim, steps=50, stochastic=False),
     "dpmpp_2m": Sampler(dpmpp_2m, steps=20, stochastic=False),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=30, stochastic=True),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, steps=50, stochastic=True),
     "consistency": Sampler(consistency, steps=2, stochastic=True, power=3),
 }

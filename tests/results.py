@@ -37,6 +37,7 @@ SIDES = ((0, 0), (7, 0), (7, 27), (0, 27)), ((20, 0), (27, 0), (27, 27), (20, 27
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 SCORES = {  # file in weights/scores → weights, and flags of eval.py
     "fashion-mnist": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500"),
+    "fashion-mnist-30-steps": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --steps 30"),
     "fashion-mnist-held_out": ("fashion-mnist.pth", "--num_samples 10000 --batch_size 500 --reference held_out"),
     "fashion-mnist-train": ("fashion-mnist.pth", "--num_samples 50000 --batch_size 500 --reference train"),
     "fashion-mnist-fast-1": ("fashion-mnist-fast.pth", "--num_samples 10000 --batch_size 500 --steps 1"),

@@ -368,7 +368,7 @@ def test_a_model_of_ones_own_without_classes(browser, site, runtime):
     page = ready(open_page(browser, runtime, f"{site[1]}?model=plain.onnx"))
     assert page.locator("#class option").all_text_contents() == ["no class"]
     assert page.is_disabled("#guidance")
-    assert page.input_value("#steps") == "30"
+    assert page.input_value("#steps") == "50"
 
 
 def test_several_threads_where_the_page_is_isolated(browser, site, runtime):
@@ -501,7 +501,7 @@ def test_the_file_says_how_to_sample_and_nothing_about_the_machine(site):
     model = onnx.load(site[0] / "colour.onnx")
     about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert (about["classes"], about["channels"], about["prediction"]) == (["circle", "square"], 3, "noise")
-    assert (about["sampler"], about["steps"], about["time_steps"]) == ("dpmpp_2m_sde", 30, 100)
+    assert (about["sampler"], about["steps"], about["time_steps"]) == ("dpmpp_2m_sde", 50, 100)
     assert about["alpha_bar"] == generation.Diffusion(100, "cosine").alpha_bar.tolist()
     for place in (ROOT, sys.prefix, Path.home()):
         assert f"{place}/".encode() not in (site[0] / "colour.onnx").read_bytes()

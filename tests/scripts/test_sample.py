@@ -215,7 +215,7 @@ def test_num_samples_and_output_dir_say_how_many_images_and_where(draw):
         ("ddim", 100, 50),
         ("dpmpp_2m", 100, 20),
         ("ddpm", 100, 50),
-        ("dpmpp_2m_sde", 100, 30),
+        ("dpmpp_2m_sde", 100, 50),
         ("dpmpp_2m_sde", 20, 20),
         ("ddim", 40, 40),
         ("dpmpp_2m", 10, 10),
