@@ -35,8 +35,8 @@ def name(options: evaluation.Options = OPTIONS, file: str = "weights/fashion-mni
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        ({"class_counts": [1] * 40}, "dpmpp_2m_sde-30"),
-        ({"class_counts": [1] * 40, "guidance_scale": 1.5}, "dpmpp_2m_sde-30-guidance1.5"),
+        ({"class_counts": [1] * 40}, "dpmpp_2m_sde-50"),
+        ({"class_counts": [1] * 40, "guidance_scale": 1.5}, "dpmpp_2m_sde-50-guidance1.5"),
         ({"sampler": "ddim", "steps": 50}, "ddim-50-class-none"),
         ({"sampler": "ddim", "steps": 20, "eta": 0.5}, "ddim-20-eta0.5-class-none"),
         ({"steps": 5, "classes": range(40)}, "dpmpp_2m_sde-5-class-all"),
